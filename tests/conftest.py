@@ -1,0 +1,25 @@
+"Where the fixtures lie: small ones in tests/golden, those made of COCO images beside the repository"
+from pathlib import Path
+import pytest, torch
+
+here = Path(__file__).parent
+shared = here.parent.parent/'shared'
+
+@pytest.fixture(scope='session')
+def golden():
+    "Path of a file printed by the original code; the test is skipped where it is not at hand"
+    def find(name):
+        for folder in (here/'golden', shared/'golden'):
+            if (folder/name).exists(): return folder/name
+        pytest.skip(f'{name} is not in tests/golden and {shared}/golden is not there')
+    return find
+
+@pytest.fixture(scope='session')
+def coco_tiny():
+    "109 real COCO images; the test is skipped where they are not at hand"
+    path = shared/'coco_tiny'
+    if not path.exists(): pytest.skip(f'{path} is not there')
+    return path
+
+@pytest.fixture(scope='session')
+def synth(): return here.parent/'data'/'synth'
