@@ -44,7 +44,7 @@ class Skeleton:
         names,       # n joint names, all different
         flip_pairs,  # pairs (names or indices) that change places in a mirror image; a joint that is not named is its own mirror image
         edges,       # pairs (names or indices) that are drawn connected
-        sigmas,      # n standard deviations of annotation, in units of the square root of the person's area (COCO's `k/2`)
+        sigmas,      # n standard deviations of annotation, in units of the square root of the person's area (half of COCO's `k`)
         order=None   # n joints (names or indices), the most reliable first; the order of `names` if None
     ): # ValueError where these do not fit together
         self.names = tuple(names)
