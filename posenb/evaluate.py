@@ -53,14 +53,15 @@ def _read(what, x):
 
 # %% ../nbs/09_evaluate.ipynb #76649c1e
 def _category(annotations, skeleton):
-    "Id of the one category that has the skeleton's number of joints"
+    "Id of the category that has the skeleton's joints: the only one with so many, or 'person' where its joints are not listed"
     if not isinstance(annotations, dict) or not {'images', 'annotations', 'categories'} <= annotations.keys():
         raise ValueError("annotations: a COCO dictionary with 'images', 'annotations' and 'categories' is needed")
-    joints = {c['id']: len(c.get('keypoints', ())) for c in annotations['categories']}
-    fit = [i for i,n in joints.items() if n == skeleton.n]
-    if len(fit) != 1: raise ValueError(f'annotations: one category with {skeleton.n} keypoints is needed for this skeleton; '
-                                       f'the categories have (id: keypoints) {joints}')
-    return fit[0]
+    categories = annotations['categories']
+    fit = [c['id'] for c in categories if len(c.get('keypoints', ())) == skeleton.n]
+    fit = fit or [c['id'] for c in categories if c.get('name') == 'person' and 'keypoints' not in c]
+    if len(fit) == 1: return fit[0]
+    raise ValueError(f'annotations: one category with {skeleton.n} keypoints is needed for this skeleton; the categories have '
+                     + ', '.join(f"{len(c.get('keypoints', ()))} ({c.get('name')})" for c in categories))
 
 # %% ../nbs/09_evaluate.ipynb #8cbc28d1
 def _column(records, key, what):
@@ -70,9 +71,8 @@ def _column(records, key, what):
     raise ValueError(f'{what}: no {key!r} in record {next(i for i,r in enumerate(records) if not isinstance(r, dict) or key not in r)}')
 
 # %% ../nbs/09_evaluate.ipynb #a8dc6ccc
-def _joints(records, n, what):
-    "Keypoints of all records (N, n, 3)"
-    rows = _column(records, 'keypoints', what)
+def _joints(rows, n, what):
+    "`rows` of 3n numbers as an array (N, n, 3)"
     bad = next((i for i,row in enumerate(rows) if len(row) != 3*n), None)
     if bad is not None: raise ValueError(f'{what}: record {bad} has {len(rows[bad])} numbers as keypoints, {n} joints need {3*n}')
     joints = np.array(rows, float).reshape(-1, n, 3)
@@ -98,7 +98,8 @@ def truth_arrays(
     image = np.searchsorted(images, [a['image_id'] for a in people])
     order = np.argsort(image, kind='stable')
     people = [people[i] for i in order]
-    joints,box = _joints(people, skeleton.n, 'annotations'),np.array(_column(people, 'bbox', 'annotations'), float).reshape(-1, 4)
+    joints = _joints([a.get('keypoints') or [0]*3*skeleton.n for a in people], skeleton.n, 'annotations')
+    box = np.array(_column(people, 'bbox', 'annotations'), float).reshape(-1, 4)
     area = box[:, 2]*box[:, 3]*area_of_box if area_of_box else np.array(_column(people, 'area', 'annotations'), float)
     crowd = np.array([a.get('iscrowd', 0) for a in people], bool)
     labelled = np.array([a.get('num_keypoints', v) for a,v in zip(people, (joints[..., 2] > 0).sum(1))], int)
@@ -133,7 +134,7 @@ def found_arrays(
     _check_images(results, truth)
     wanted = set(truth.images.tolist())
     results = [r for r in results if r['image_id'] in wanted]
-    joints,score = _joints(results, skeleton.n, 'results'),np.array(_column(results, 'score', 'results'), float)
+    joints,score = _joints(_column(results, 'keypoints', 'results'), skeleton.n, 'results'),np.array(_column(results, 'score', 'results'), float)
     if not np.isfinite(score).all(): raise ValueError(f'results: the score of record {np.isfinite(score).argmin()} is not a finite number')
     image = np.searchsorted(truth.images, [r['image_id'] for r in results])
     order = np.lexsort((-score, image))
@@ -286,9 +287,9 @@ def _reference_curves(annotations, results, truth, sigmas):
     "`keypoint_curves` for all, medium and large people, by pycocotools"
     from pycocotools.coco import COCO as Index
     from pycocotools.cocoeval import COCOeval
-    labelled = lambda a: int(np.count_nonzero(np.array(a['keypoints'][2::3]) > 0))
-    people = [{'iscrowd': 0, 'num_keypoints': labelled(a), **a, 'id': i+1} for i,a in enumerate(annotations['annotations'])
-              if a.get('category_id') == truth.category]
+    people = [a for a in annotations['annotations'] if a.get('category_id') == truth.category]
+    people = [{'iscrowd': 0, **a, 'keypoints': a.get('keypoints') or [0]*3*len(sigmas), 'id': i+1} for i,a in enumerate(people)]
+    for a in people: a.setdefault('num_keypoints', sum(v > 0 for v in a['keypoints'][2::3]))
     index = Index()
     index.dataset = {**annotations, 'annotations': people}
     with contextlib.redirect_stdout(io.StringIO()):
