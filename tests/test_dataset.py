@@ -1,0 +1,272 @@
+"Datasets against numbers printed by the original code, the search for wrong labels, and what goes wrong with files"
+import json, pickle, random, shutil, warnings, zlib
+import cv2, numpy as np, pytest, torch
+from collections import Counter
+from torch.utils.data import DataLoader
+from posenb.augment import ColorJitter
+from posenb.dataset import ImageFileError, PoseDataset, add_center, add_sigma, find_coco, pose_collate, read_image, worker_init
+from posenb.skeleton import COCO, CROWDPOSE
+
+opencv5 = pytest.mark.skipif(cv2.__version__ < '5', reason='the images were warped by OpenCV 5; 4.x rounds otherwise')
+
+# ---- the original's numbers
+
+@pytest.fixture(scope='module')
+def recorded(golden): return json.loads(golden('dataset_cv5.json').read_text()), np.load(golden('dataset_cv5.npz'))
+
+@pytest.mark.parametrize('split', ['train2017', 'val2017'])
+def test_images_people_and_masks(recorded, coco_tiny, split):
+    facts,arrays = recorded
+    ds = PoseDataset(*find_coco(coco_tiny, split))
+    place = {id: i for i,id in enumerate(ds.ids.tolist())}
+    images = [im['id'] for im in json.loads(find_coco(coco_tiny, split)[1].read_text())['images']]
+    kept = set(facts[split]['ids']) & set(images)
+    assert kept == set(facts[split]['ids']) & set(place) and len(kept) == {'train2017': 28, 'val2017': 32}[split]
+    assert ds.ids.tolist() == [id for id in images if id in place]
+    for item in facts[split]['items']:
+        if item['image_id'] not in place: continue
+        i,key = place[item['image_id']],f"{split}/{item['image_id']}"
+        mask,joints = ds.mask(i),ds.joints(i)
+        assert mask.shape == tuple(item['mask_shape']) and (~mask).sum() == item['mask_zeros']
+        assert zlib.crc32(np.packbits(mask).tobytes()) == item['mask_crc']
+        assert len(joints) == item['n_kept']
+        np.testing.assert_array_equal(joints, arrays[f'{key}/joints'])
+        np.testing.assert_allclose(add_center(joints)[:, -1], arrays[f'{key}/center'].reshape(-1, 3), rtol=1e-6)
+        boxes = ds._boxes[slice(*ds._start[i:i+2])]
+        np.testing.assert_allclose(add_sigma(joints, boxes)[:, 0, 3], arrays[f'{key}/sigma'].reshape(-1), rtol=1e-6)
+
+def test_a_test_uses_all_images(recorded, coco_tiny):
+    whole = PoseDataset(*find_coco(coco_tiny, 'val2017'), train=False)
+    assert len(whole) == 52 and len(whole) > len(PoseDataset(*find_coco(coco_tiny, 'val2017')))
+
+class Legacy:
+    "The random numbers of the original: numpy's and python's old generators, one for the mirror"
+    def __init__(self, seed): self.np,self.py,self.n = np.random.RandomState(seed),random.Random(seed),0
+    def random(self):
+        self.n += 1
+        return self.py.random() if self.n == 3 else self.np.random_sample()
+    def integers(self, low, high): return self.np.randint(low, high)
+
+@opencv5
+def test_whole_training_samples(recorded, coco_tiny):
+    from posenb.targets import HeatmapGenerator, JointsGenerator
+    facts,arrays = recorded
+    ds = PoseDataset(*find_coco(coco_tiny, 'val2017'), exif=False)
+    for item in facts['items_coco4']:
+        i = ds.ids.tolist().index(item['image_id'])
+        crop = ds.affine.draw(Legacy(item['seed']), *ds._sizes[i].tolist())
+        image,masks,joints = ds.affine(ds.image(i), ds.mask(i), ds.joints(i), crop)
+        pixels = ((image/np.float32(255) - np.float32([.485, .456, .406]))/np.float32([.229, .224, .225])).transpose(2, 0, 1)
+        assert pixels.sum(dtype=np.float64) == pytest.approx(item['image_sum'], rel=1e-4)
+        assert (pixels.astype(np.float64)**2).sum() == pytest.approx(item['image_sumsq'], rel=1e-6)
+        key = f"item/{item['image_id']}/seed{item['seed']}"
+        np.testing.assert_allclose(pixels[:, 4::8, 4::8], arrays[f'{key}/image_8x8'], atol=1e-6)
+        for s,r in enumerate(ds.affine.out_sizes):
+            assert masks[s].sum() == item['mask_sum'][s]
+            np.testing.assert_array_equal(np.packbits(masks[s]), arrays[f'{key}/mask{s}_packbits'])
+            moved = torch.from_numpy(joints[s].astype(np.float32))
+            np.testing.assert_array_equal(np.asarray(JointsGenerator(30, 17, r)(moved)), arrays[f'{key}/joints{s}'])
+            heat = np.asarray(HeatmapGenerator(r, 17)(moved))
+            assert heat.sum(dtype=np.float64) == pytest.approx(item['hm_sum'][s], rel=1e-4)
+            np.testing.assert_allclose(heat[:, ::4, ::4], arrays[f'{key}/hm{s}_4x4'], atol=1e-6)
+
+def test_real_labels_are_all_but_clean(coco_tiny):
+    "Few false alarms: what is reported in 225 people of COCO is one person labelled twice"
+    found = [f for split in ('train2017', 'val2017') for f in PoseDataset(*find_coco(coco_tiny, split)).check()]
+    assert Counter(f.kind for f in found) == {'person twice': 1}
+
+# ---- samples
+
+@pytest.fixture
+def data(synth): return json.loads(find_coco(synth)[1].read_text())
+
+@pytest.fixture
+def changed(synth, data, tmp_path):
+    "The drawn sample, in a copy whose annotation file (`save`) and images may be changed"
+    shutil.copytree(find_coco(synth)[0], tmp_path/'images')
+    def save(**options):
+        (tmp_path/'a.json').write_text(json.dumps(data))
+        return PoseDataset(tmp_path/'images', tmp_path/'a.json', **options)
+    return save
+
+def same(a, b): return all(torch.equal(x, y) for x,y in zip([a[0], *a[1], *a[2]], [b[0], *b[1], *b[2]]))
+
+@pytest.mark.parametrize('workers', [0, 1, 2])
+def test_samples_do_not_depend_on_workers(synth, workers):
+    ds = PoseDataset(*find_coco(synth), size=64, jitter=ColorJitter())
+    loader = DataLoader(ds, 5, collate_fn=pose_collate, num_workers=workers, worker_init_fn=worker_init, persistent_workers=workers > 0)
+    for ds.epoch in (0, 1, 0):
+        direct = pose_collate([ds[i] for i in range(5)])
+        assert same(next(iter(loader)), direct)
+    assert ds.epoch == 0
+
+def test_epochs_and_seeds_differ(synth):
+    a,b = [PoseDataset(*find_coco(synth), size=64, seed=s) for s in (0, 1)]
+    assert same(a[0], a[0]) and not same(a[0], b[0])
+    b.epoch = 1
+    assert a.epoch == 0 and b.epoch == 1
+
+def test_pickles(synth):
+    ds = PoseDataset(*find_coco(synth), size=64)
+    assert same(ds[1], pickle.loads(pickle.dumps(ds))[1])
+
+def test_types_and_shapes(synth):
+    ds = PoseDataset(*find_coco(synth), size=128, with_center=True, scale_aware_sigma=True)
+    image,masks,joints = ds[-1]
+    assert image.dtype == torch.uint8 and image.shape == (3, 128, 128)
+    assert [(m.dtype, m.shape) for m in masks] == [(torch.uint8, (r, r)) for r in (32, 64)]
+    assert all(j.dtype == torch.float32 and j.shape[1:] == (18, 4) for j in joints)
+    with pytest.raises(IndexError): ds[len(ds)]
+
+def test_no_people_in_an_image_and_many(changed, data):
+    person = data['annotations'][0]
+    data['annotations'] = [dict(person, iscrowd=1, num_keypoints=0, segmentation=[], image_id=1)] + [dict(person, id=i, image_id=2) for i in range(45)]
+    ds = changed(size=64)
+    images,masks,joints = pose_collate([ds[0], ds[1]])
+    assert [len(ds.joints(i)) for i in range(2)] == [0, 45] and joints[0].shape == (2, 45, 17, 3)
+    assert pose_collate([ds[0]])[2][0].shape == (1, 1, 17, 3) and not joints[0][0].any()
+
+def test_unbiased_maps_agree(synth):
+    ds = PoseDataset(*find_coco(synth), size=64, convention='unbiased')
+    for i in range(len(ds)):
+        small,large = ds[i][2]
+        np.testing.assert_allclose((large[..., :2]+.5)/2 - .5, small[..., :2], atol=1e-4)
+
+def test_reduced_reading(synth):
+    plain,reduced = [PoseDataset(*find_coco(synth), size=64, max_rotation=0, reduce=r) for r in (False, True)]
+    for i in range(6):
+        for a,b in zip(plain[i][2], reduced[i][2]): np.testing.assert_allclose(a, b, atol=1e-4)
+        difference = (cv2.blur(np.float32(plain[i][0][1]), (5, 5)) - cv2.blur(np.float32(reduced[i][0][1]), (5, 5)))[8:-8, 8:-8]
+        assert np.abs(difference).mean() < 3
+
+# ---- other formats
+
+def test_crowdpose_layout(tmp_path, golden):
+    gt = json.loads(golden('crowdpose_eval_gt.json').read_text())
+    (tmp_path/'json').mkdir()
+    (tmp_path/'images').mkdir()
+    (tmp_path/'json/crowdpose_test.json').write_text(json.dumps(gt))
+    for im in gt['images']: cv2.imwrite(str(tmp_path/'images'/im['file_name']), np.zeros((im['height'], im['width'], 3), np.uint8))
+    ds = PoseDataset(*find_coco(tmp_path, 'test'), skeleton=CROWDPOSE, size=64)
+    assert [ds.info(i)['id'] for i in range(len(ds))] == [int(ds.info(i)['file_name'].split('.')[0]) for i in range(len(ds))]
+    assert ds.mask(0).all() and ds[0][2][0].shape[1:] == (14, 3)
+    assert PoseDataset(*find_coco(tmp_path, 'test'), skeleton=None).skeleton == CROWDPOSE
+
+def test_own_joints(changed, data):
+    data['categories'] = [dict(id=7, name='mouse', keypoints=['nose', 'left_ear', 'right_ear', 'tail'], skeleton=[[1, 2]])]
+    for a in data['annotations']: a.update(category_id=7, keypoints=a['keypoints'][:12])
+    ds = changed(skeleton=None, category='mouse', size=64)
+    assert ds.skeleton.flip_index.tolist() == [0, 2, 1, 3] and ds[0][2][0].shape[1:] == (4, 3)
+    with pytest.raises(ValueError, match='4 joints, the skeleton 17'): changed(category='mouse')
+
+def test_people_of_other_categories_are_left_out(changed, data):
+    n = len(changed()._joints)
+    data['annotations'].append(dict(data['annotations'][0], id=99, category_id=2))
+    assert len(changed()._joints) == n
+
+# ---- files
+
+def with_exif(path, orientation):
+    "Write an EXIF orientation into a JPEG"
+    tiff = b'MM\x00*\x00\x00\x00\x08\x00\x01\x01\x12\x00\x03\x00\x00\x00\x01\x00' + bytes([orientation]) + b'\x00\x00\x00\x00\x00\x00'
+    segment = b'\xff\xe1' + (len(tiff)+8).to_bytes(2, 'big') + b'Exif\x00\x00' + tiff
+    data = path.read_bytes()
+    path.write_bytes(data[:2] + segment + data[2:])
+
+def test_exif(tmp_path, changed, data):
+    x = np.zeros((40, 60, 3), np.uint8)
+    x[:20] = 255
+    path = tmp_path/'images'/data['images'][0]['file_name']
+    cv2.imwrite(str(path), x)
+    with_exif(path, 6)
+    assert read_image(path).shape == (60, 40, 3) and read_image(path, exif=False).shape == (40, 60, 3)
+    assert read_image(path)[:, 25:].min() > 240 and read_image(path, reduce=2).shape == (30, 20, 3)
+    data['images'][0].update(width=40, height=60)
+    assert changed().image(0).shape == (60, 40, 3)
+    with pytest.raises(ImageFileError, match='60 x 40 pixels'): changed(exif=False).image(0)
+
+@pytest.mark.parametrize('kind,ext', [('preview', 'jpg'), ('progressive', 'jpg'), ('plain', 'jpg'), ('plain', 'png')])
+@pytest.mark.parametrize('share', [.02, .3, .7, .99])
+def test_files_that_break_off(tmp_path, kind, ext, share):
+    x = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    path = tmp_path/f'x.{ext}'
+    cv2.imwrite(str(path), x, [cv2.IMWRITE_JPEG_PROGRESSIVE, int(kind == 'progressive')] if ext == 'jpg' else [])
+    data = path.read_bytes()
+    if kind == 'preview': data = data[:2] + b'\xff\xe1' + (len(data)+2).to_bytes(2, 'big') + data + data[2:]     # a whole JPEG inside of a segment
+    for tail in (b'', b'\x00'*40) if ext == 'jpg' else (b'',):
+        path.write_bytes(data + tail)
+        assert read_image(path).shape == (40, 40, 3)
+    path.write_bytes(data[:int(share*len(data))])
+    with pytest.raises(ImageFileError, match='breaks off|not an image'): read_image(path)
+
+@pytest.mark.parametrize('how', ['empty', 'cut', 'gone', 'resized'])
+def test_bad_files_are_skipped_in_training_only(changed, tmp_path, how):
+    ds = changed(size=64)
+    path = ds.path(0)
+    if how == 'gone': path.unlink()
+    elif how == 'resized': cv2.imwrite(str(path), np.zeros((10, 10, 3), np.uint8))
+    else: path.write_bytes(path.read_bytes()[:0 if how == 'empty' else 3000])
+    with pytest.warns(UserWarning, match=path.name): sample = ds[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        assert same(sample, ds[0]) and same(sample, ds[1])
+    assert ds.skipped == [str(path)]
+    with pytest.raises(ImageFileError, match=path.name): changed(train=False)[0]
+    assert [(f.kind, f.file) for f in ds.check()] == [('file', path.name)]
+
+def test_skipped_is_known_to_the_main_process(changed):
+    ds = changed(size=64)
+    ds.path(3).write_bytes(b'')
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        for _ in DataLoader(ds, 4, collate_fn=pose_collate, num_workers=2): pass
+    assert ds.skipped == [str(ds.path(3))]
+
+def test_no_file_can_be_read(changed):
+    ds = changed(size=64)
+    for i in range(len(ds)): ds.path(i).write_bytes(b'')
+    with pytest.raises(ImageFileError, match='none of 15 images'), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        ds[0]
+
+# ---- wrong labels: each kind, planted in one person
+
+def facing(data):
+    "An annotation whose face, shoulders and hips are labelled"
+    return next(a for a in data['annotations'] if not a['iscrowd'] and all(a['keypoints'][3*k+2] for k in (0, 1, 2, 5, 6, 11, 12)))
+
+def outside(data, a): a['keypoints'][0:3] = [-3, 20, 2]; a['bbox'] = [0, 0, 256, 256]; a['num_keypoints'] = sum(v > 0 for v in a['keypoints'][2::3])
+def far(data, a): a['bbox'] = [0, 0, 20, 30]
+def miscounted(data, a): a['num_keypoints'] += 1
+def flat(data, a): a['bbox'][2] = 0
+def swapped(data, a): a['keypoints'] = np.reshape(a['keypoints'], (17, 3))[COCO.flip_index].flatten().tolist()
+def upside_down_and_swapped(data, a):
+    k = np.reshape(a['keypoints'], (17, 3))
+    seen = k[:, 2] > 0
+    k[seen, :2] = 2*k[seen, :2].mean(0) - k[seen, :2]
+    a['bbox'] = [*k[seen, :2].min(0), *np.ptp(k[seen, :2], axis=0)]
+    swapped(data, a)
+def twice(data, a): data['annotations'].append(dict(a, id=999, keypoints=[x + (i % 3 != 2 and x > 0) for i,x in enumerate(a['keypoints'])]))
+
+@pytest.mark.parametrize('plant,kind', [(outside, 'joint outside the image'), (far, 'joint far outside the box'), (miscounted, 'num_keypoints'),
+                                        (flat, 'box of no area'), (swapped, 'left and right exchanged'),
+                                        (upside_down_and_swapped, 'left and right exchanged'), (twice, 'person twice')])
+def test_planted_mistakes_are_found(changed, data, plant, kind):
+    assert changed().check() == []
+    person = facing(data)
+    plant(data, person)
+    found = changed().check(files=False)
+    assert [(f.kind, f.annotation) for f in found if f.kind != 'joint outside the image' or plant is outside] == [(kind, 999 if plant is twice else person['id'])]
+    assert kind in repr(found) and kind in found._repr_markdown_()
+
+# ---- errors
+
+def test_errors_name_what_is_there(synth, tmp_path):
+    folder,file = find_coco(synth)
+    with pytest.raises(FileNotFoundError, match='nowhere'): find_coco(tmp_path/'nowhere')
+    with pytest.raises(FileNotFoundError, match='none of these exists.*person_keypoints_test'): find_coco(synth, 'test')
+    with pytest.raises(FileNotFoundError, match='no such annotation file'): PoseDataset(folder, tmp_path/'none.json')
+    with pytest.raises(ValueError, match='these ids'): PoseDataset(folder, file, ids=[12345])
+    with pytest.raises(ValueError, match='convention'): PoseDataset(folder, file, convention='best')
+    (tmp_path/'bad.json').write_bytes(b'\xff\xfe\x00')
+    with pytest.raises(ValueError, match='bad.json is not JSON'): PoseDataset(folder, tmp_path/'bad.json')
