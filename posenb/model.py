@@ -132,7 +132,7 @@ class HRNet(nn.Module):
     def __init__(self,
         width:int=32, # channels C at stride 4; strides 8, 16 and 32 have 2C, 4C and 8C
         modules:tuple=(1,4,3), # HRModules in stages 2, 3 and 4
-        blocks:int=4, # residual blocks per branch of a module: one number, or one for each of the four strides
+        blocks:int|tuple=4, # residual blocks per branch of a module: one number, or one for each of the four strides
         stem:int=64, # channels of the two first convolutions
         layer1_block:str='bottleneck', # residual blocks of layer1: 'bottleneck' or 'basic'
         layer1_width:int=64, # channels inside layer1
@@ -170,7 +170,7 @@ def deconv_layer(
     blocks:int=4, # residual blocks after the transposed convolution
     kernel:int=4, # side of the transposed convolution: 2, 3 or 4
 ) -> nn.Sequential: # (B,n_in,h,w) -> (B,width,2*h,2*w)
-    "Transposed convolution of stride 2, then residual blocks (HigherHRNet, section 3.3)"
+    "Transposed convolution of stride 2, then residual blocks (HigherHRNet, its deconvolution module)"
     up = nn.ConvTranspose2d(n_in, width, kernel, 2, padding=(kernel-1)//2, output_padding=kernel%2, bias=False)
     up = nn.Sequential(up, nn.BatchNorm2d(width), nn.ReLU(inplace=True))
     return nn.Sequential(up, *(nn.Sequential(BasicBlock(width, width)) for _ in range(blocks)))
@@ -260,15 +260,25 @@ def _open_weights(path):
                               'save the state dict alone: torch.save(model.state_dict(), path)')
     raise ValueError(f'{path} ({path.stat().st_size} bytes) is damaged, or no weights file')
 
-def _plain_name(name):
-    "`name` without the prefixes of wrappers"
-    return re.sub(r'^((module|_orig_mod|1)\.)+', '', name)
+def _unwrap(tensors):
+    "The tensors without the prefixes that wrappers put before all their names"
+    for prefix in ('module.', '1.', '_orig_mod.')*2:
+        if all(name.startswith(prefix) for name in tensors): tensors = {k.removeprefix(prefix): v for k,v in tensors.items()}
+    return tensors
 
 # %% ../nbs/05_model.ipynb #67666579
 def _some(names, n=4):
     "The first few of many names, for messages"
     names = list(map(str, names))
     return ', '.join(names[:n]) + (f' and {len(names)-n} more' if len(names) > n else '')
+
+def _state_dict(held, path):
+    "The table from names to tensors in what a file holds"
+    for entry in ('state_dict', 'model'):
+        if isinstance(held, dict) and isinstance(held.get(entry), dict): held = held[entry]
+    if isinstance(held, dict) and held and all(isinstance(v, torch.Tensor) for v in held.values()): return held
+    found = f'its entries are {_some(held) or "none"}' if isinstance(held, dict) else f'it is a {type(held).__name__}'
+    raise ValueError(f'{path} holds no state dict, a table from names to tensors: {found}')
 
 # %% ../nbs/05_model.ipynb #04bc8701
 def read_weights(
@@ -278,14 +288,10 @@ def read_weights(
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f'There is no weights file {path} (that is {path.absolute()}): give the path of a '
                                                    '.pth, .pth.tar or .safetensors file')
-    held = _open_weights(path)
-    for entry in ('state_dict', 'model'):
-        if isinstance(held, dict) and isinstance(held.get(entry), dict): held = held[entry]
-    if not isinstance(held, dict) or not all(isinstance(v, torch.Tensor) for v in held.values()) or not held:
-        raise ValueError(f'{path} holds no state dict: '+ (f'its entries are {_some(held)}' if isinstance(held, dict) else f'it is a {type(held).__name__}'))
-    bad = [name for name,v in held.items() if not v.isfinite().all()]
+    weights = _unwrap(_state_dict(_open_weights(path), path))
+    bad = [name for name,v in weights.items() if not v.isfinite().all()]
     if bad: raise ValueError(f'{path} holds NaN or infinite values in {_some(bad)}: take weights saved before training went wrong')
-    return {_plain_name(name): v for name,v in held.items()}
+    return weights
 
 # %% ../nbs/05_model.ipynb #f10465f6
 backbone_layers = ('conv1', 'bn1', 'conv2', 'bn2', 'layer1', 'transition1', 'stage2', 'transition2', 'stage3', 'transition3', 'stage4')
@@ -317,8 +323,9 @@ def load_weights(
     own = model.state_dict()
     wanted = [k for k in own if layers is None or k.split('.')[0] in layers]
     matched = [k for k in wanted if k in weights]
-    missing,unused = ([k for k in a if k not in set(matched)] for a in (own, weights))
-    lacking = [k for k in wanted if k not in weights and not k.endswith('num_batches_tracked')] # old files do without
+    copied = set(matched)
+    missing,unused = ([k for k in names if k not in copied] for names in (own, weights))
+    lacking = [k for k in wanted if k not in copied and not k.endswith('num_batches_tracked')] # old files do without
     if strict: _check_names(lacking, unused if layers is None else [])
     if not matched: raise ValueError(f'No name agrees: the weights have {_some(weights)}; the model has {_some(own)}')
     _check_shapes(weights, own, matched)
@@ -334,7 +341,7 @@ def save_weights(
     "Write the state dict of `model` as safetensors; the file appears whole or not at all"
     path = Path(path)
     if path.suffix != '.safetensors': raise ValueError(f'{path}: name a file that ends in .safetensors')
-    content = save({_plain_name(k): v.detach().cpu().contiguous() for k,v in model.state_dict().items()}, metadata)
+    content = save({k: v.detach().cpu().contiguous() for k,v in _unwrap(model.state_dict()).items()}, metadata)
     temporary = path.with_name(f'.{path.name}.{os.getpid()}')
     try:
         with open(temporary, 'wb') as f:

@@ -256,6 +256,11 @@ def test_a_save_that_fails_leaves_the_file_before_it(tmp_path, weights, monkeypa
     with pytest.raises(OSError, match='No space'): save_weights(blank(), path)
     assert same(weights, {k: read_weights(path)[k] for k in weights}) and os.listdir(tmp_path) == ['w.safetensors']
 
+def test_numbered_layers_keep_their_names(tmp_path):
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    save_weights(model, tmp_path/'w.safetensors')
+    assert set(read_weights(tmp_path/'w.safetensors')) == set(model.state_dict())
+
 def test_other_suffix_is_refused(tmp_path):
     with pytest.raises(ValueError, match='ends in .safetensors'): save_weights(nn.Linear(2, 2), tmp_path/'w.pth')
 
