@@ -72,11 +72,18 @@ def read_image(
     try: data = Path(path).read_bytes()
     except OSError as e: raise ImageFileError(f'{path}: {e.strerror}') from None
     if _is_cut(data): raise ImageFileError(f'{path}: the file breaks off after {len(data)} bytes')
-    flags = cv2.IMREAD_COLOR_RGB | (0 if exif else cv2.IMREAD_IGNORE_ORIENTATION)
-    if reduce > 1: flags |= 8*reduce     # 16, 32, 64: OpenCV's bits for 1/2, 1/4, 1/8
+    by_decoder = reduce > 1 and data[:2] == b'\xff\xd8'
+    flags = cv2.IMREAD_COLOR_RGB | (0 if exif else cv2.IMREAD_IGNORE_ORIENTATION) | (8*reduce if by_decoder else 0)     # 16, 32, 64: 1/2, 1/4, 1/8
     image = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
     if image is None: raise ImageFileError(f'{path}: not an image that OpenCV can read ({len(data)} bytes)')
-    return image
+    return image if by_decoder or reduce == 1 else _shrink(image, reduce)
+
+# %% ../nbs/02_dataset.ipynb #1669ea12
+def _shrink(image, r):
+    "Means of blocks of r x r pixels; the rim is repeated where the last block is not full"
+    height,width = image.shape[:2]
+    image = cv2.copyMakeBorder(image, 0, -height % r, 0, -width % r, cv2.BORDER_REPLICATE)
+    return cv2.resize(image, None, fx=1/r, fy=1/r, interpolation=cv2.INTER_AREA)
 
 # %% ../nbs/02_dataset.ipynb #49c6ebf4
 def _category(data, name, path):
@@ -158,7 +165,8 @@ def _load(self:PoseDataset, data, ids):
     annotations = {}
     for a in data.get('annotations', []):
         if a.get('category_id') == self.category.get('id'): annotations.setdefault(a['image_id'], []).append(a)
-    images = [im for im in data['images'] if (not self.train or im['id'] in annotations) and (ids is None or im['id'] in set(ids))]
+    wanted = None if ids is None else {*np.asarray(ids).tolist()}
+    images = [im for im in data['images'] if (not self.train or im['id'] in annotations) and (wanted is None or im['id'] in wanted)]
     if not images: raise ValueError(f'{self.file}: no image' + ' with people'*self.train + (f' among {len(data["images"])}' if ids is None else ' has one of these ids'))
     self.ids,self._names,self._sizes = np.array([im['id'] for im in images]),[im['file_name'] for im in images],self._image_sizes(images)
     groups = [annotations.get(im['id'], []) for im in images]
@@ -184,12 +192,22 @@ def _load_people(self:PoseDataset, groups):
     self._joints = np.array([_keypoints(a, self.skeleton.n, self.file) for a in people], dtype=np.float32).reshape(-1, self.skeleton.n, 3)
     self._boxes = np.array([a.get('bbox') or [0]*4 for a in people], dtype=np.float32).reshape(-1, 4)
     self._counts,self._people_ids = np.array([_count(a) for a in people], dtype=int),np.array([a.get('id', -1) for a in people])
+    bad = np.flatnonzero(~np.isfinite(self._joints).all((1, 2)))
+    if len(bad): raise ValueError(f'{self.file}: annotation {self._people_ids[bad[0]]} has keypoints that are no finite numbers')
 
 # %% ../nbs/02_dataset.ipynb #a3384101
 def _region_text(annotations):
     "JSON of the outlines of crowds and of people without joints, or None"
     regions = [a['segmentation'] for a in annotations if a.get('segmentation') and (a.get('iscrowd') or not _count(a))]
-    return json.dumps(regions) if regions else None
+    regions = [[polygon for polygon in r if len(polygon) >= 6] if isinstance(r, list) else r for r in regions]     # three points at least
+    return json.dumps(regions) if any(regions) else None
+
+# %% ../nbs/02_dataset.ipynb #242eccc4
+def _run_lengths(region, height, width):
+    "The pixels of an outline (polygons, or COCO's run lengths), in pycocotools' form"
+    from pycocotools import mask as rle
+    if isinstance(region, list): return rle.frPyObjects(region, height, width) if region else []
+    return [region if isinstance(region['counts'], str) else rle.frPyObjects(region, height, width)]
 
 # %% ../nbs/02_dataset.ipynb #eaf73edb
 @patch
@@ -219,8 +237,7 @@ def _masked(self:PoseDataset, i):
     if i not in self._regions: return None
     from pycocotools import mask as rle
     width,height = self._sizes[i].tolist()
-    outlines = [rle.frPyObjects(r, height, width) for r in json.loads(self._regions[i])]
-    union = rle.merge([o for group in outlines for o in (group if isinstance(group, list) else [group])])
+    union = rle.merge([runs for region in json.loads(self._regions[i]) for runs in _run_lengths(region, height, width)])
     return cv2.transpose(rle.decode(union).T) == 0
 
 # %% ../nbs/02_dataset.ipynb #c7b5f30d

@@ -79,6 +79,16 @@ def test_one_warp_is_three(crop):
         separate = cv2.warpAffine(np.uint8(mask*255), affine_matrix(crop.center, crop.scale, crop.rot, r), (r, r)) > 127
         np.testing.assert_array_equal(m, mirror(separate))
 
+@settings(deadline=None, max_examples=20)
+@given(crops)
+def test_unbiased_masks(crop):
+    "A mask read from the input's is that of a warp of its own, up to the rim"
+    random_affine = RandomAffine(128, flip_index=COCO.flip_index, convention='unbiased')
+    _,masks,_ = random_affine(image, None, np.zeros((0, 17, 3)), crop)
+    for m,r in zip(masks, (32, 64)):
+        own = cv2.warpAffine(np.full((80, 100), 255, np.uint8), affine_matrix(crop.center, crop.scale, crop.rot, r, 'unbiased'), (r, r)) > 127
+        assert (m != (own[:, ::-1] if crop.flip else own)).mean() < .02
+
 @settings(deadline=None, max_examples=40)
 @given(crops, st.sampled_from(['original', 'unbiased']))
 def test_joint_stays_on_its_pixel(crop, convention):

@@ -2,6 +2,8 @@
 import json, pickle, random, shutil, warnings, zlib
 import cv2, numpy as np, pytest, torch
 from collections import Counter
+from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis.extra.numpy import arrays
 from torch.utils.data import DataLoader
 from posenb.augment import ColorJitter
 from posenb.dataset import ImageFileError, PoseDataset, add_center, add_sigma, find_coco, pose_collate, read_image, worker_init
@@ -16,7 +18,7 @@ def recorded(golden): return json.loads(golden('dataset_cv5.json').read_text()),
 
 @pytest.mark.parametrize('split', ['train2017', 'val2017'])
 def test_images_people_and_masks(recorded, coco_tiny, split):
-    facts,arrays = recorded
+    facts,stored = recorded
     ds = PoseDataset(*find_coco(coco_tiny, split))
     place = {id: i for i,id in enumerate(ds.ids.tolist())}
     images = [im['id'] for im in json.loads(find_coco(coco_tiny, split)[1].read_text())['images']]
@@ -30,10 +32,10 @@ def test_images_people_and_masks(recorded, coco_tiny, split):
         assert mask.shape == tuple(item['mask_shape']) and (~mask).sum() == item['mask_zeros']
         assert zlib.crc32(np.packbits(mask).tobytes()) == item['mask_crc']
         assert len(joints) == item['n_kept']
-        np.testing.assert_array_equal(joints, arrays[f'{key}/joints'])
-        np.testing.assert_allclose(add_center(joints)[:, -1], arrays[f'{key}/center'].reshape(-1, 3), rtol=1e-6)
+        np.testing.assert_array_equal(joints, stored[f'{key}/joints'])
+        np.testing.assert_allclose(add_center(joints)[:, -1], stored[f'{key}/center'].reshape(-1, 3), rtol=1e-6)
         boxes = ds._boxes[slice(*ds._start[i:i+2])]
-        np.testing.assert_allclose(add_sigma(joints, boxes)[:, 0, 3], arrays[f'{key}/sigma'].reshape(-1), rtol=1e-6)
+        np.testing.assert_allclose(add_sigma(joints, boxes)[:, 0, 3], stored[f'{key}/sigma'].reshape(-1), rtol=1e-6)
 
 def test_a_test_uses_all_images(recorded, coco_tiny):
     whole = PoseDataset(*find_coco(coco_tiny, 'val2017'), train=False)
@@ -50,7 +52,7 @@ class Legacy:
 @opencv5
 def test_whole_training_samples(recorded, coco_tiny):
     from posenb.targets import HeatmapGenerator, JointsGenerator
-    facts,arrays = recorded
+    facts,stored = recorded
     ds = PoseDataset(*find_coco(coco_tiny, 'val2017'), exif=False)
     for item in facts['items_coco4']:
         i = ds.ids.tolist().index(item['image_id'])
@@ -60,15 +62,15 @@ def test_whole_training_samples(recorded, coco_tiny):
         assert pixels.sum(dtype=np.float64) == pytest.approx(item['image_sum'], rel=1e-4)
         assert (pixels.astype(np.float64)**2).sum() == pytest.approx(item['image_sumsq'], rel=1e-6)
         key = f"item/{item['image_id']}/seed{item['seed']}"
-        np.testing.assert_allclose(pixels[:, 4::8, 4::8], arrays[f'{key}/image_8x8'], atol=1e-6)
+        np.testing.assert_allclose(pixels[:, 4::8, 4::8], stored[f'{key}/image_8x8'], atol=1e-6)
         for s,r in enumerate(ds.affine.out_sizes):
             assert masks[s].sum() == item['mask_sum'][s]
-            np.testing.assert_array_equal(np.packbits(masks[s]), arrays[f'{key}/mask{s}_packbits'])
+            np.testing.assert_array_equal(np.packbits(masks[s]), stored[f'{key}/mask{s}_packbits'])
             moved = torch.from_numpy(joints[s].astype(np.float32))
-            np.testing.assert_array_equal(np.asarray(JointsGenerator(30, 17, r)(moved)), arrays[f'{key}/joints{s}'])
+            np.testing.assert_array_equal(np.asarray(JointsGenerator(30, 17, r)(moved)), stored[f'{key}/joints{s}'])
             heat = np.asarray(HeatmapGenerator(r, 17)(moved))
             assert heat.sum(dtype=np.float64) == pytest.approx(item['hm_sum'][s], rel=1e-4)
-            np.testing.assert_allclose(heat[:, ::4, ::4], arrays[f'{key}/hm{s}_4x4'], atol=1e-6)
+            np.testing.assert_allclose(heat[:, ::4, ::4], stored[f'{key}/hm{s}_4x4'], atol=1e-6)
 
 def test_real_labels_are_all_but_clean(coco_tiny):
     "Few false alarms: what is reported in 225 people of COCO is one person labelled twice"
@@ -125,6 +127,21 @@ def test_no_people_in_an_image_and_many(changed, data):
     images,masks,joints = pose_collate([ds[0], ds[1]])
     assert [len(ds.joints(i)) for i in range(2)] == [0, 45] and joints[0].shape == (2, 45, 17, 3)
     assert pose_collate([ds[0]])[2][0].shape == (1, 1, 17, 3) and not joints[0][0].any()
+
+def test_outlines_of_every_kind(changed, data):
+    "Polygons, run lengths, compressed run lengths and boxes that are nothing"
+    from pycocotools import mask as rle
+    square = np.zeros((256, 256), np.uint8, order='F')
+    square[10:20, 30:50] = 1
+    compressed = rle.encode(square)
+    runs = [30*256 + 10] + [10, 246]*19 + [10]
+    outlines = [[[30, 10, 50, 10, 50, 20, 30, 20]], dict(size=[256, 256], counts=runs + [256*256 - sum(runs)]),
+                dict(size=[256, 256], counts=compressed['counts'].decode()), [[1, 2, 3, 4]], []]
+    crowd = dict(data['annotations'][0], iscrowd=1, num_keypoints=0, keypoints=[0]*51)
+    data['annotations'] = [dict(crowd, image_id=i+1, id=i, segmentation=o) for i,o in enumerate(outlines)]
+    ds = changed(size=64)
+    for i in range(3): np.testing.assert_array_equal(ds.mask(i), square == 0)
+    assert ds.mask(3).all() and ds.mask(4).all() and len(ds[0][2][0]) == 0
 
 def test_unbiased_maps_agree(synth):
     ds = PoseDataset(*find_coco(synth), size=64, convention='unbiased')
@@ -184,6 +201,16 @@ def test_exif(tmp_path, changed, data):
     data['images'][0].update(width=40, height=60)
     assert changed().image(0).shape == (60, 40, 3)
     with pytest.raises(ImageFileError, match='60 x 40 pixels'): changed(exif=False).image(0)
+
+@pytest.mark.parametrize('ext', ['jpg', 'png'])
+@pytest.mark.parametrize('reduce', [2, 4, 8])
+def test_reading_at_a_fraction(tmp_path, ext, reduce):
+    x = cv2.resize(np.random.default_rng(0).integers(0, 256, (9, 16, 3), dtype=np.uint8), (255, 129), interpolation=cv2.INTER_CUBIC)
+    cv2.imwrite(str(tmp_path/f'x.{ext}'), x, [cv2.IMWRITE_JPEG_QUALITY, 100])
+    full,small = [read_image(tmp_path/f'x.{ext}', reduce=r) for r in (1, reduce)]
+    assert small.shape == (-(-129//reduce), -(-255//reduce), 3)
+    whole = full[:128, :255//reduce*reduce].reshape(128//reduce, reduce, -1, reduce, 3).mean((1, 3))
+    np.testing.assert_allclose(small[:len(whole), :whole.shape[1]], whole, atol=8)
 
 @pytest.mark.parametrize('kind,ext', [('preview', 'jpg'), ('progressive', 'jpg'), ('plain', 'jpg'), ('plain', 'png')])
 @pytest.mark.parametrize('share', [.02, .3, .7, .99])
@@ -258,6 +285,29 @@ def test_planted_mistakes_are_found(changed, data, plant, kind):
     found = changed().check(files=False)
     assert [(f.kind, f.annotation) for f in found if f.kind != 'joint outside the image' or plant is outside] == [(kind, 999 if plant is twice else person['id'])]
     assert kind in repr(found) and kind in found._repr_markdown_()
+
+# ---- any joints, boxes and skeletons
+
+coordinates = st.one_of(st.just(0), st.floats(-50, 300, width=32))
+
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data(), st.integers(1, 30), st.integers(0, 6))
+def test_any_labels(tmp_path, any_, n_joints, n_people):
+    "Whatever the labels: they are kept, checked, cropped and collated"
+    cv2.imwrite(str(tmp_path/'x.png'), np.zeros((60, 200, 3), np.uint8))
+    rows = any_.draw(arrays(np.float32, (n_people, n_joints, 3), elements=coordinates))
+    rows[..., 2] = any_.draw(arrays(np.int64, (n_people, n_joints), elements=st.integers(0, 2)))
+    boxes = any_.draw(arrays(np.float32, (n_people, 4), elements=coordinates))
+    people = [dict(id=i, image_id=0, category_id=1, iscrowd=0, keypoints=r.flatten().tolist(), bbox=b.tolist()) for i,(r,b) in enumerate(zip(rows, boxes))]
+    people.append(dict(id=99, image_id=0, category_id=1, iscrowd=1))
+    category = dict(id=1, name='person', keypoints=[f'joint{k}' for k in range(n_joints)])
+    (tmp_path/'a.json').write_text(json.dumps(dict(images=[dict(id=0, file_name='x.png', width=200, height=60)], annotations=people, categories=[category])))
+    ds = PoseDataset(tmp_path, tmp_path/'a.json', skeleton=None, size=32, with_center=True, scale_aware_sigma=True)
+    np.testing.assert_array_equal(ds.joints(0)[:, :-1, :3], rows)
+    image,masks,joints = pose_collate([ds[0], ds[0]])
+    assert joints[0].shape == (2, max(1, n_people), n_joints+1, 4) and torch.isfinite(joints[1]).all()
+    flat = {f.annotation for f in ds.check() if f.kind == 'box of no area'}
+    assert flat == {i for i,b in enumerate(boxes) if (b[2:] <= 0).any()}
 
 # ---- errors
 
