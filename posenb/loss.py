@@ -143,6 +143,13 @@ def stage(self:PoseLoss,
     self.parts.update({f'{name}_s{s}': loss.detach() for name,loss in losses.items()})
     return sum(getattr(self, f'{name}_weight')[s]*loss for name,loss in losses.items()) if n_heat else 0
 
+# %% ../nbs/06_loss.ipynb #ec5d79a8
+@patch(as_prop=True)
+def part_names(self:PoseLoss):
+    "Names of the `parts`, known before the first batch"
+    return [f'{part}_s{s}' for s,(heat,tags) in enumerate(zip(self.heatmap_stages, self.ae_stages))
+            for part in ['heatmap']*bool(heat) + ['push', 'pull']*bool(tags)]
+
 # %% ../nbs/06_loss.ipynb #e8f83cd5
 @patch
 def __call__(self:PoseLoss,
