@@ -1,0 +1,32 @@
+# make train    a small network learns to find drawn people: about ten minutes on two cores, no GPU
+# make test     every notebook and every test
+# make check    notebooks and modules agree
+# PYTHON=python3.12 make ... picks the interpreter for the environment
+PYTHON ?= python3
+VENV   ?= .venv
+BIN     = $(VENV)/bin
+
+.PHONY: train test check readme bench-overfit
+
+# installed once, and again only when what is to be installed has changed
+$(VENV)/.installed: setup.py settings.ini pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo 'posenb needs Python 3.10 or newer; choose one with: PYTHON=python3.12 make ...' >&2; exit 1; }
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV) || { echo 'no virtual environment could be made: install the venv module of $(PYTHON) (on Debian and Ubuntu: apt install python3-venv)' >&2; exit 1; }
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+train: $(VENV)/.installed
+	$(BIN)/posenb_train --out runs/people
+
+test: $(VENV)/.installed
+	cd nbs && ../$(BIN)/nbdev_test --n_workers 2 --do_print
+	$(BIN)/python -m pytest -q tests
+
+check: $(VENV)/.installed
+	$(BIN)/nbdev_export && $(BIN)/nbdev_clean && git diff --exit-code -- posenb nbs
+
+readme: $(VENV)/.installed
+	$(BIN)/python .ci/readme.py
+
+bench-overfit: $(VENV)/.installed
+	$(BIN)/python tests/bench_overfit.py
