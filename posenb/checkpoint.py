@@ -12,6 +12,7 @@ import numpy as np, torch
 from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -198,7 +199,8 @@ def _bare(model):
 
 def _opt_kind(opt):
     "What kind of optimiser a state belongs to"
-    return type(vars(opt).get('opt', opt)).__name__ + ''.join(f' {getattr(cb, "__name__", cb)}' for cb in vars(opt).get('cbs', ()))
+    steps = [getattr(cb, 'func', cb).__name__ for cb in vars(opt).get('cbs', ())]         # of fastai's own: functions and partial functions
+    return ' '.join([type(vars(opt).get('opt', opt)).__name__, *steps])
 
 # %% ../nbs/13_checkpoint.ipynb #7a3c2fc6
 def _named_callbacks(learn):
@@ -336,14 +338,15 @@ def _continue(learn, place, mine, metrics, exact):
     else: set_random_state(mine['now'])
 
 # %% ../nbs/13_checkpoint.ipynb #e03eebc2
+def _without_first(n, indices): return list(indices())[n:]
+
+# %% ../nbs/13_checkpoint.ipynb #7c8ba303
 def _rest_of_epoch(learn, at):
     "The batches that are left of an epoch"
     dl,done = learn.dl,at['iter']
     skip = done-1 if 'epoch' in vars(_inner(dl)) else 0       # order and samples follow from the epoch: no need to make them
     set_random_state(at['start'])
-    if skip:
-        indices = dl.get_idxs
-        dl.get_idxs = lambda: list(indices())[skip*(dl.bs or 1):]
+    if skip: dl.get_idxs = partial(_without_first, skip*(dl.bs or 1), dl.get_idxs)
     batches = iter(dl)
     for _ in range(done-skip): next(batches)
     if skip: del dl.get_idxs
@@ -526,7 +529,7 @@ def after_epoch(self:Checkpoint):
     if self.epoch+1 == self.n_epoch or self.epochs and (self.epoch+1) % self.epochs == 0: self.due.add('checkpoint')
     self.judge(self.value_now())
     self.write_due()
-    if self.asked and self.group is None: self.leave(self.asked)
+    if stop := self.agreed(again=False): self.leave(stop)
 
 @patch
 def after_cancel_fit(self:Checkpoint):
@@ -597,15 +600,24 @@ def _runs(frame, function):
 
 # %% ../nbs/13_checkpoint.ipynb #4cb33c18
 @patch
-def agreed(self:Checkpoint):
-    "The signal on which all processes end: the largest one that any of them had when the batch before this one was done"
-    if self.group is None: return self.asked
-    flag,before = torch.tensor([self.asked or 0]),self.vote
-    self.vote = flag,distributed.all_reduce(flag, distributed.ReduceOp.MAX, self.group, async_op=True)
-    if before is None: return None
-    before[1].wait()
-    return before[0].item()
+def _vote(self:Checkpoint):
+    "Ask all processes for their largest signal, without waiting for the answer"
+    flag = torch.tensor([self.asked or 0])
+    return flag,distributed.all_reduce(flag, distributed.ReduceOp.MAX, self.group, async_op=True)
 
+@patch
+def agreed(self:Checkpoint,
+    again=True # will there be a next time?
+): # number of the signal on which all processes end, at the same batch; None or 0: go on
+    "This process's signal; of several processes the largest one that any of them had a batch ago"
+    if self.group is None: return self.asked
+    before,self.vote = self.vote,self._vote() if again else None
+    if before is None: return None
+    flag,answer = before
+    answer.wait()
+    return flag.item()
+
+# %% ../nbs/13_checkpoint.ipynb #1e9bae1f
 @patch
 def leave(self:Checkpoint, signum):
     if self.group is not None and self.saved != self.marked['place']: self.save()
