@@ -153,7 +153,7 @@ class PoseLearner(Learner):
         **kwargs # arguments of `Predictor`
     ): # dict with 'AP', 'AP50', ...
         "COCO statistics on `dls.test`, the validation images"
-        self.results = predict_dataset(self.predictor(**kwargs), self.dls.test)
+        self.results = predict_dataset(self.predictor(**kwargs), self.dls.test, progress=False)
         return coco_ap(self.dls.test.file, self.results, self.dls.skeleton)
 
 # %% ../nbs/15_learner.ipynb #c33728b9
