@@ -3,9 +3,9 @@ import json, os, signal, subprocess, sys, time
 from pathlib import Path
 import pytest
 
-def command(*args, cwd): return [sys.executable, '-W', 'ignore', '-m', 'posenb.train', *map(str, args)]
+def command(*args): return [sys.executable, '-W', 'ignore', '-m', 'posenb.train', *map(str, args)]
 
-def run(*args, cwd): return subprocess.run(command(*args, cwd=cwd), cwd=cwd, capture_output=True, text=True, timeout=300)
+def run(*args, cwd): return subprocess.run(command(*args), cwd=cwd, capture_output=True, text=True, timeout=300)
 
 def small(synth): return ['--data', synth, '--size', 64, '--test-size', 64, '--bs', 8, '--workers', 0, '--out', 'run']
 
@@ -19,7 +19,7 @@ def test_mistakes_are_answered_in_a_sentence(args, words, synth, tmp_path):
     assert not (tmp_path/'run'/'weights.safetensors').exists()
 
 def test_sigterm_ends_the_training_and_keeps_what_was_learned(synth, tmp_path):
-    with subprocess.Popen(command(*small(synth.resolve()), '--epochs', 10_000, cwd=tmp_path), cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command(*small(synth.resolve()), '--epochs', 10_000), cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
         history = tmp_path/'run'/'history.csv'
         start = time.time()
         while not (history.exists() and len(history.read_text().splitlines()) > 2):
