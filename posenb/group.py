@@ -7,7 +7,6 @@ __all__ = ['nms', 'top_k', 'adjust_peaks', 'munkres', 'assign', 'match_by_tag', 
 
 # %% ../nbs/07_group.ipynb #d574ba63
 import cv2, numpy as np, torch, torch.nn.functional as F
-from scipy.optimize import linear_sum_assignment
 from .skeleton import Skeleton, COCO
 
 # %% ../nbs/07_group.ipynb #b8a504b9
@@ -199,6 +198,7 @@ def assign(
     solver='scipy'        # or 'munkres': the costs and the ties of the original
 ): # (a,) int: the person of each candidate, -1 for none
     "Which candidate belongs to which person"
+    from scipy.optimize import linear_sum_assignment     # slow to import
     _check_one_of(solver, 'solver', ('scipy', 'munkres'))
     person = np.full(len(distance), -1)
     if solver == 'munkres': rows,columns = np.arange(len(distance)),munkres(_original_cost(distance, score, use_detection_val))
