@@ -72,7 +72,7 @@ def pose_dls(
     valid_ds = PoseDataset(*find_coco(path, valid), skeleton=skeleton, **common, **{**kwargs, **whole, 'jitter':None})
     targets = PoseTargets(train_ds.affine.out_sizes, skeleton.n, sigma=sigma, tag_per_joint=tag_per_joint, convention=convention)
     loader = partial(PoseDL, targets=targets, bs=bs, seed=seed, num_workers=workers, pin_memory=torch.cuda.is_available())
-    dls = DataLoaders(loader(train_ds, shuffle=True, drop_last=len(train_ds) >= bs), loader(valid_ds), path=Path(path), device=device)
+    dls = DataLoaders(loader(train_ds, shuffle=True, drop_last=len(train_ds) >= bs), loader(valid_ds), device=device)
     dls.skeleton,dls.test_size,dls.convention,dls.n_inp = skeleton,test_size or size,convention,1
     dls.test = PoseDataset(*find_coco(path, valid), skeleton=skeleton, train=False, exif=valid_ds.exif)
     return dls

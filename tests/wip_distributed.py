@@ -283,7 +283,7 @@ def without_launcher(job, how, tmp_path, **kwargs):
     for rank in range(2):
         processes.append(multiprocessing.get_context('fork').Process(target=run, args=(rank,)))
         processes[-1].start()
-    processes[0].join(120)
+    processes[0].join(240)
     ended = time.time()
     if processes[1].is_alive(): os.kill(processes[1].pid, signal.SIGKILL)
     processes[1].join()

@@ -38,7 +38,7 @@ def small_net(): return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNor
 
 def distance(pred, target): return (pred-target).abs().mean()
 
-def noisy_learner(folder, workers=0, cbs=(), loader=partial(DataLoader, bs=4), opt_func=Adam, n=42, **kwargs):
+def noisy_learner(folder, workers=0, cbs=(), loader=partial(DataLoader, bs=4), opt_func=Adam, n=26, **kwargs):
     "A loader that knows nothing of epochs, dropout, batch normalisation"
     dls = DataLoaders(loader(Noisy(n, 0), shuffle=True, num_workers=workers), loader(Noisy(8, 1), num_workers=workers))
     dls.n_inp = 1
@@ -48,7 +48,9 @@ def people_learner(folder, workers=0, cbs=()):
     "Drawn people, `PoseDL`, a HigherHRNet of the smallest kind"
     dls = pose_dls(here.parent/'data'/'synth', size=64, bs=2, workers=workers, device='cpu')
     net = HigherHRNet(dls.skeleton.n, width=4, stem=4, layer1_block='basic', layer1_width=4, layer1_blocks=1, modules=(1,1,1), blocks=1, deconv_blocks=1, init='kaiming')
-    return quiet(pose_learner(dls, model=net, ap_every=0, path=folder, cbs=[EMA(.1), EventLog(folder, every=3, health=False), *cbs]))
+    learn = quiet(pose_learner(dls, model=net, path=folder, cbs=[EMA(.1), EventLog(folder, every=3, health=False), *cbs]))
+    learn.metrics = [m for m in learn.metrics if m.name != 'AP']             # it takes longer than all the rest
+    return learn
 
 def quiet(learn):
     learn.remove_cb(ProgressCallback)
@@ -102,7 +104,7 @@ context.set_forkserver_preload(['test_checkpoint'])
 def free_port():
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]
 
-def launch(kind, folder, workers=0, ranks=1, epochs=3, iters=3, kill=None, victim=0):
+def launch(kind, folder, workers=0, ranks=1, epochs=2, iters=3, kill=None, victim=0):
     "All processes of a training; True if it came to its end"
     folder.mkdir(exist_ok=True, parents=True)
     port = free_port() if ranks > 1 else 0
@@ -115,7 +117,7 @@ def launch(kind, folder, workers=0, ranks=1, epochs=3, iters=3, kill=None, victi
         time.sleep(.01)
     for p in processes: p.kill(); p.join()
     codes = [p.exitcode for p in processes]
-    assert set(codes) <= ({0} if kill is None else {0, -9}), codes
+    assert set(codes) <= ({0} if kill is None else {0, 1, -9}), codes      # 1: it found the killed one gone
     return set(codes) == {0}
 
 references = {}
@@ -131,7 +133,7 @@ def timeless(lines): return [{k: v for k,v in l.items() if k not in ('time', 'da
 
 def check_kills(tmp_path_factory, kind, workers, ranks, kills):
     "Killed at each of these places, one after the other, then left to end"
-    whole,lines = reference(tmp_path_factory, kind, workers, ranks)
+    whole,lines = reference(tmp_path_factory, kind, workers if kind == 'noisy' else 0, ranks)        # samples of people do not depend on workers
     folder = tmp_path_factory.mktemp('broken')
     for at,event,victim in kills: launch(kind, folder, workers, ranks, kill=(at, event), victim=victim)
     assert launch(kind, folder, workers, ranks)
@@ -140,11 +142,11 @@ def check_kills(tmp_path_factory, kind, workers, ranks, kills):
     shutil.rmtree(folder)
 
 configs = [(kind, workers, ranks) for kind in ('people', 'noisy') for ranks in (1, 2) for workers in (0, 2)]
-n_iter = {('people', 1): 8, ('people', 2): 4, ('noisy', 1): 11, ('noisy', 2): 6}
+n_iter = {('people', 1): 7, ('people', 2): 3, ('noisy', 1): 7, ('noisy', 2): 4}
 
 def random_kills(kind, ranks, n, seed):
     rng = random.Random(seed)
-    return [(rng.randrange(1, 3*n_iter[kind, ranks]), rng.choice(events if ranks == 1 else events[:7]), rng.randrange(ranks)) for _ in range(n)]
+    return [(rng.randrange(1, 2*n_iter[kind, ranks]), rng.choice(events if ranks == 1 else events[:7]), rng.randrange(ranks)) for _ in range(n)]
 
 @pytest.mark.parametrize('kind,workers,ranks', configs)
 def test_killed_run_ends_the_same(tmp_path_factory, kind, workers, ranks):
