@@ -19,7 +19,7 @@ train: $(VENV)/.installed
 	$(BIN)/posenb_train --out runs/people
 
 test: $(VENV)/.installed
-	cd nbs && ../$(BIN)/nbdev_test --n_workers 2 --do_print
+	cd nbs && ../$(BIN)/nbdev_test --n-workers 2 --do-print
 	$(BIN)/python -m pytest -q tests
 
 check: $(VENV)/.installed
