@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 
-.PHONY: train test check readme bench-overfit
+.PHONY: train test check readme
 
 # installed once, and again only when what is to be installed has changed
 $(VENV)/.installed: setup.py settings.ini pyproject.toml
@@ -27,6 +27,3 @@ check: $(VENV)/.installed
 
 readme: $(VENV)/.installed
 	$(BIN)/python .ci/readme.py
-
-bench-overfit: $(VENV)/.installed
-	$(BIN)/python tests/bench_overfit.py
