@@ -294,7 +294,8 @@ def refine_poses(
     poses,                # (P, K, 3+T) as from `match_by_tag`
     heat,                 # (K, H, W) maps before `nms`
     tags,                 # (K, H, W, T)
-    convention='original' # as in `adjust_peaks`
+    convention='original',# as in `adjust_peaks`
+    tag_threshold=None    # a joint whose tag is at least so far from the person's is left out; None: any is taken
 ): # (P, K, 3+T) float32: x, y, height of the joints that were 0 are filled where the maps are positive; their tags stay 0
     "Search the maps for the missing joints of each person"
     poses,found = poses.copy(),poses[..., 2] > 0
@@ -305,6 +306,7 @@ def refine_poses(
         y,x = np.divmod(pixels, heat.shape[2])
         height,xy = _cpu(heat[k, y, x]),np.stack([x, y], -1)
         here = height > 0
+        if tag_threshold is not None: here &= np.linalg.norm(_cpu(tags[k, y, x]) - means[people], axis=-1) < tag_threshold
         poses[people[here], k, :2] = adjust_peaks(heat, np.array(k), xy[here], convention)
         poses[people[here], k, 2] = height[here]
     return poses
@@ -352,7 +354,8 @@ def group(
     ignore_too_much=False,  # start nobody after `max_people`
     nms_kernel=5,           # window of the non-maximum suppression in pixels, odd
     solver='scipy',         # 'munkres': the same people as the original code, ties included
-    convention='original'   # 'unbiased': Gaussians drawn between the pixels; no half pixel added, one peak a plateau
+    convention='original',  # 'unbiased': Gaussians drawn between the pixels; no half pixel added, one peak a plateau
+    refine_threshold=None   # `refine` takes joints with tags nearer than this; None: any, with 'unbiased' those nearer than `tag_threshold`
 ): # poses (P, K, 3+T) float32: x, y in pixels of the maps, height, tag; scores (P,) float32
     "The people in the maps"
     _check_one_of(convention, 'convention', ('original', 'unbiased'))
@@ -366,4 +369,5 @@ def group(
     xy_k = adjust_peaks(heat, np.arange(skeleton.n)[:, None], loc_k, convention) if adjust else loc_k
     poses = match_by_tag(val_k, xy_k, tag_k, skeleton.order, detection_threshold, tag_threshold, max_people, use_detection_val, ignore_too_much, solver)
     scores = poses[..., 2].mean(1)
-    return refine_poses(poses, heat, tags, convention) if refine else poses, scores
+    if unbiased and refine_threshold is None: refine_threshold = tag_threshold
+    return refine_poses(poses, heat, tags, convention, refine_threshold) if refine else poses, scores

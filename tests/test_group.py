@@ -294,6 +294,37 @@ def test_refine_leaves_its_input():
     refine_poses(poses, heat, tags)
     np.testing.assert_array_equal(poses, before)
 
+@given(st.integers(0, 9999), st.sampled_from([.05, 1, 3]), st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_refine_threshold_only_takes_away(seed, threshold, tensors):
+    "Joints filled with a threshold are those filled without, less the ones whose tag is far"
+    rng = np.random.default_rng(seed)
+    heat,tags,_,_ = draw(rng, 3, 17, missing=.4)
+    heat += rng.uniform(0, .05)                            # somewhere there is always a positive pixel
+    poses = group(heat, tags, refine=False)[0]
+    maps = tuple(map(torch.tensor, (heat, tags))) if tensors else (heat, tags)
+    free,near = refine_poses(poses, *maps),refine_poses(poses, *maps, tag_threshold=threshold)
+    means = poses[..., 3:].sum(1)/(poses[..., 2] > 0).sum(1)[:, None]
+    x,y = (free[..., :2] - .5).round().astype(int).transpose(2, 0, 1)
+    far = np.linalg.norm(tags[np.arange(17), y, x] - means[:, None], axis=-1) >= threshold
+    far &= poses[..., 2] == 0
+    np.testing.assert_array_equal(near, np.where(far[..., None], poses, free))
+
+def stranger():
+    "A whole person, and a nose whose tag nobody has"
+    heat,tags,_,_ = draw(np.random.default_rng(0), 1, 17, missing=0, size=(64, 80))
+    y,x = np.argwhere(heat[0] == 0)[0] + 2
+    heat[0, y, x],tags[0, y-2:y+3, x-2:x+3] = .9,50
+    return heat, tags
+
+def joints_found(poses): return sorted((poses[..., 2] > 0).sum(1))
+
+def test_refine_threshold_of_group():
+    assert joints_found(group(*stranger())[0]) == [17, 17]
+    assert joints_found(group(*stranger(), refine_threshold=1)[0]) == [1, 17]
+    assert joints_found(group(*stranger(), convention='unbiased')[0]) == [1, 17]
+    assert joints_found(group(*stranger(), convention='unbiased', refine_threshold=np.inf)[0]) == [17, 17]
+
 # ---- matching
 
 def test_equal_first_tags():
