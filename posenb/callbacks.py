@@ -10,6 +10,7 @@ __all__ = ['FastCallback', 'Precision', 'ChannelsLast', 'ema_momentum', 'EMA', '
 
 # %% ../nbs/12_callbacks.ipynb #ca6ce631
 import os, re
+from copy import copy
 from contextlib import contextmanager, nullcontext
 from functools import partial, reduce
 from itertools import islice
@@ -20,10 +21,11 @@ from warnings import warn
 import torch
 from torch import distributed, nn, Tensor
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader as TorchLoader
 from fastcore.basics import patch
 from fastai.callback.core import Callback, CancelBatchException, CancelStepException, CancelValidException
 from fastai.optimizer import OptimWrapper
-from fastai.torch_core import apply, get_model, no_random, one_param, set_seed
+from fastai.torch_core import apply, get_model, get_random_states, no_random, one_param, set_random_states, set_seed
 
 # %% ../nbs/12_callbacks.ipynb #e56cc695
 class FastCallback(Callback):
@@ -124,7 +126,7 @@ class EMA(FastCallback):
     "Exponential moving average of the weights, in their place during validation and after the fit"
     order = 75  # `before_step` comes only if nobody before it called the step off; `after_validate` follows those who still need the average
     def __init__(self, momentum=2e-4, warm_up=100, fast_start=False): # see `ema_momentum`
-        self.momentum = lambda n: ema_momentum(n, momentum, warm_up, fast_start)
+        self.momentum = partial(ema_momentum, momentum=momentum, warm_up=warm_up, fast_start=fast_start)
         self.steps,self.stepping,self.validating,self.fresh,self.loaded = 0,False,0,True,None
 
 # %% ../nbs/12_callbacks.ipynb #27bbcb5b
@@ -281,12 +283,13 @@ def evaluate(self:EvalEvery):
     "Validates in the middle of an epoch"
     learn,recorder,bar = self.learn,self.learn.recorder,getattr(self.learn, 'progress', None)
     kept,modes = {k: vars(learn)[k] for k in _kept if k in vars(learn)},[(m, m.training) for m in learn.model.modules()]
-    log,pbar = recorder.log,getattr(bar, 'pbar', None)
+    log,pbar,random_states = recorder.log,getattr(bar, 'pbar', None),get_random_states()
     recorder.log,self.trained = type(log)(),False
     learn._do_epoch_validate()
     self.rows.append(dict(epoch=learn.epoch, iteration=learn.train_iter, **dict(zip(self.columns(), recorder.log))))
     recorder.log,recorder.cancel_valid,self.trained = log,False,True
     vars(learn).update(kept)
+    set_random_states(**random_states)
     for m,mode in modes: m.training = mode
     if bar: bar.pbar = pbar
 
@@ -373,7 +376,9 @@ def precise_bn(
         for m,momentum,handle in zip(norms, momenta, handles):
             m.momentum = momentum
             handle.remove()
-    _set_statistics({m: s for m,s in stats.items() if s[0]})
+    seen = {m: s for m,s in stats.items() if s[0]}
+    if norms and not seen: raise ValueError('precise_bn: there was no batch; does the loader drop a last one that is not full?')
+    _set_statistics(seen)
 
 # %% ../nbs/12_callbacks.ipynb #e73c8a56
 def _n_processes(): return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
@@ -420,8 +425,9 @@ class PreciseBN(FastCallback):
 def batches(self:PreciseBN):
     "Inputs of training batches, which leave no trace in generators and learner"
     learn,kept = self.learn,(self.learn.xb, self.learn.yb)
-    with no_random(self.seed + _rank(), reproducible=False):
-        for batch in islice(self.loader or _fresh(learn.dls.train), self.n_batches):
+    loader = _fresh(self.loader or learn.dls.train)
+    with no_random(self.seed + _rank(), reproducible=False), _generators_kept(loader):
+        for batch in islice(loader, self.n_batches):
             learn._split(learn._set_device(batch))
             learn('before_batch')
             yield learn.xb
@@ -431,9 +437,22 @@ def batches(self:PreciseBN):
 def _rank(): return distributed.get_rank() if _n_processes() > 1 else 0
 
 def _fresh(loader):
-    "A new loader like `loader` where it can make one: fastai's, or the one inside fastai's distributed one"
+    "A loader like `loader`, or like the one inside of it, for a pass of its own"
     loader = getattr(loader, 'dl', loader)
-    return loader.new() if hasattr(loader, 'new') else loader
+    if hasattr(loader, 'new'): return loader.new(dataset=copy(loader.dataset))
+    loader = copy(loader)
+    if isinstance(loader, TorchLoader): loader._iterator = None  # persistent workers belong to the other pass
+    return loader
+
+@contextmanager
+def _generators_kept(loader):
+    "A PyTorch loader's generators have the same state afterwards"
+    sampler = getattr(loader, 'sampler', None)
+    generators = [g for g in (getattr(loader, 'generator', None), getattr(sampler, 'generator', None)) if isinstance(g, torch.Generator)]
+    states = [g.get_state() for g in generators]
+    try: yield
+    finally:
+        for g,state in zip(generators, states): g.set_state(state)
 
 # %% ../nbs/12_callbacks.ipynb #daf0fdd3
 class FreezeBN(FastCallback):
@@ -573,7 +592,7 @@ def _restore(self:Accumulate):
     self.loaded = None
 
 # %% ../nbs/12_callbacks.ipynb #d3aa15de
-_norms = *_batch_norms, nn.GroupNorm, nn.LayerNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.LocalResponseNorm
+_norms = *_batch_norms, nn.GroupNorm, nn.LayerNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d
 
 def _named_owners(model):
     "(name, parameter, module it belongs to), each parameter once"
@@ -590,7 +609,7 @@ def param_groups(
     bias_decay=0., # and for other biases
     bias_lr=1., # factor of the learning rate for other biases
     lr_factors=None # regular expression, found anywhere in a parameter's name -> factor of its learning rate; several that match are multiplied
-): # list of dictionaries 'params', 'lr_factor', 'wd_factor'
+): # list of dictionaries 'params', 'lr_mult', 'wd_mult'
     "The parameters of `model`, grouped by their factors: a fastai splitter for `TorchOptimizer`"
     groups,lr_factors,unused = {},lr_factors or {},set(lr_factors or {})
     for name,p,module in _named_owners(model):
@@ -601,7 +620,7 @@ def param_groups(
         groups.setdefault((lr, wd), []).append(p)
         unused.difference_update(matching)
     if unused: raise ValueError(f'lr_factors: {sorted(unused)} are found in the name of no parameter')
-    return [dict(params=ps, lr_factor=lr, wd_factor=wd) for (lr,wd),ps in groups.items()]
+    return [dict(params=ps, lr_mult=lr, wd_mult=wd) for (lr,wd),ps in groups.items()]
 
 # %% ../nbs/12_callbacks.ipynb #f08668ac
 class TorchOptimizer(OptimWrapper):
@@ -617,7 +636,7 @@ class TorchOptimizer(OptimWrapper):
         self.set_hypers(lr=lr, wd=wd)
 
     def set_hyper(self, k, v):
-        if k in ('lr', 'wd') and isinstance(v, Number): v = [v*h.get(f'{k}_factor', 1.) for h in self.hypers]
+        if k in ('lr', 'wd') and isinstance(v, Number): v = [v*h.get(f'{k}_mult', 1.) for h in self.hypers]
         super().set_hyper(k, v)
 
 # %% ../nbs/12_callbacks.ipynb #2972b53b

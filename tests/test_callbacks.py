@@ -11,10 +11,12 @@ from fastai.callback.progress import CSVLogger, ProgressCallback
 from fastai.callback.schedule import ParamScheduler, SchedCos
 from fastai.callback.tracker import SaveModelCallback
 from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader as FastaiLoader
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from posenb import callbacks
 from posenb.callbacks import *
+from posenb.schedule import *
 
 torch.set_num_threads(1)
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
@@ -259,6 +261,37 @@ def test_precise_statistics_leave_no_trace_in_generators():
         learner(cbs, shuffle=True).fit(2); states.append((torch.rand(1), random.random()))
     assert states[0] == states[1]
 
+class EpochLoader(FastaiLoader):
+    "Writes the epoch into its dataset, which the items depend on"
+    epoch = 0
+    def before_iter(self): self.dataset.epoch = self.epoch
+    def after_iter(self): self.epoch += 1
+
+class EpochData(TensorDataset):
+    epoch = 0
+    def __getitem__(self, i):
+        x,y = super().__getitem__(i)
+        return x + self.epoch,y
+
+def loaders():
+    "Ways to load the training set"
+    dataset,g = EpochData(*data(48, 1).tensors),torch.Generator().manual_seed(3)
+    yield EpochLoader(dataset, bs=4, shuffle=True)
+    yield DataLoader(dataset, 4, shuffle=True, generator=g)
+    yield DataLoader(dataset, 4, shuffle=True, num_workers=1, persistent_workers=True)
+
+@pytest.mark.parametrize('i', range(3))
+def test_precise_statistics_do_not_disturb_the_pass_they_interrupt(i):
+    results = []
+    for cbs in ([EvalEvery(iters=5)], [PreciseBN(3), EvalEvery(iters=5)]):
+        torch.manual_seed(0); random.seed(0)
+        learn = learner(cbs); learn.dls.loaders[0] = list(loaders())[i]
+        learn.fit(2); results.append(torch.stack(list(learn.recorder.losses)))
+    assert torch.equal(*results)
+
+def test_precise_statistics_need_a_batch():
+    with pytest.raises(ValueError, match='no batch'): precise_bn(nn.BatchNorm1d(3), [])
+
 # -- freezing -------------------------------------------------------------------------------------
 def test_frozen_layers_do_not_decay_nor_stay_frozen():
     opt = partial(torch.optim.SGD, momentum=.9, weight_decay=.5)
@@ -316,8 +349,8 @@ def test_every_parameter_is_in_one_group(norm_decay, bias_decay, bias_lr, lr_fac
     groups = param_groups(model, norm_decay, bias_decay, bias_lr, lr_factors)
     found = [id(p) for g in groups for p in g['params']]
     assert sorted(found) == sorted(id(p) for p in model.parameters())
-    assert len({(g['lr_factor'], g['wd_factor']) for g in groups}) == len(groups)
-    factor = {id(p): (g['lr_factor'], g['wd_factor']) for g in groups for p in g['params']}
+    assert len({(g['lr_mult'], g['wd_mult']) for g in groups}) == len(groups)
+    factor = {id(p): (g['lr_mult'], g['wd_mult']) for g in groups for p in g['params']}
     expected = np.prod([lr_factors.get(k, 1.) for k in ('^0', 'bias')])*bias_lr, bias_decay
     np.testing.assert_allclose(factor[id(model[0].bias)], expected)
     np.testing.assert_allclose(factor[id(model[1].bias)], (lr_factors.get('bias', 1.), norm_decay))
@@ -333,6 +366,14 @@ def test_factors_survive_schedules_and_resumes(opt):
     state = copy.deepcopy(learn.opt.state_dict())
     learn.create_opt(); learn.opt.load_state_dict(state); learn.opt.set_hyper('lr', .1)
     assert {round(h['lr'], 9) for h in learn.opt.hypers} == {.05, .1} and {round(h['wd'], 9) for h in learn.opt.hypers} == {0., .1}
+
+@pytest.mark.parametrize('lr,first', [(.1, .05), ([.1]*4, .1)])
+def test_schedules_apply_factors_once(lr, first):
+    "A number is what the factors multiply; a list has the rate of each group"
+    learn,rates = learner(splitter=partial(param_groups, lr_factors={'^0': .5})),[]
+    learn.opt_func = partial(TorchOptimizer, opt=torch.optim.SGD)
+    learn.fit_schedule(1, lr, 'flat', cbs=Do(before_step=lambda learn: rates.append([g['lr'] for g in learn.opt.param_groups])))
+    assert len(rates) == 12 and set(rates[0]) == {first, .1} and all(r == rates[0] for r in rates)
 
 # -- health ---------------------------------------------------------------------------------------
 class NanAt:
@@ -444,7 +485,7 @@ def test_two_processes():
     out = context.SimpleQueue()
     processes = [context.Process(target=alone, args=(rank, port, jobs, out)) for rank in range(2)]
     for p in processes: p.start()
-    for p in processes: p.join(120)
+    for p in processes: p.join(400)
     results = dict(out.get() for _ in processes)
     for r in results.values(): assert isinstance(r, dict), r
     assert results[0]['finite'][0] == results[1]['finite'][0] == 4
