@@ -117,10 +117,10 @@ def _check_images(results, truth):
     if category: raise ValueError(f'results: category_id {category.pop()} is given, the people of the annotations have {truth.category}')
 
 # %% ../nbs/09_evaluate.ipynb #40e76e6e
-def _areas(results, joints):
-    "Areas of the boxes of detections: the records' own boxes where the first one has one, as in pycocotools"
-    if results and results[0].get('bbox'): return np.array(_column(results, 'bbox', 'results'), float)[:, 2:].prod(1)
-    return np.ptp(joints[..., :2], axis=1).prod(-1)
+def _areas(results, joints, boxed):
+    "Areas of the boxes of detections: the records' own if `boxed`, else those of the joints"
+    if boxed: return np.array(_column(results, 'bbox', 'results'), float)[:, 2:].prod(1)
+    return np.ptp(joints[..., 0], 1)*np.ptp(joints[..., 1], 1)
 
 # %% ../nbs/09_evaluate.ipynb #be805a79
 def found_arrays(
@@ -132,7 +132,7 @@ def found_arrays(
     "The people found as arrays, sorted by image and falling score"
     results = _read('results', results)
     _check_images(results, truth)
-    wanted = set(truth.images.tolist())
+    boxed,wanted = bool(results and results[0].get('bbox')),set(truth.images.tolist())      # the first record decides, as in pycocotools
     results = [r for r in results if r['image_id'] in wanted]
     joints,score = _joints(_column(results, 'keypoints', 'results'), skeleton.n, 'results'),np.array(_column(results, 'score', 'results'), float)
     if not np.isfinite(score).all(): raise ValueError(f'results: the score of record {np.isfinite(score).argmin()} is not a finite number')
@@ -140,7 +140,7 @@ def found_arrays(
     order = np.lexsort((-score, image))
     rank = np.arange(len(order)) - np.searchsorted(image[order], image[order])
     best = order[rank < max_people]
-    return SimpleNamespace(image=image[best], rank=rank[rank < max_people], joints=joints[best], score=score[best], area=_areas(results, joints)[best])
+    return SimpleNamespace(image=image[best], rank=rank[rank < max_people], joints=joints[best], score=score[best], area=_areas(results, joints, boxed)[best])
 
 # %% ../nbs/09_evaluate.ipynb #11cf7319
 def joint_similarity(
@@ -151,7 +151,7 @@ def joint_similarity(
 ): # (N, K) in 0..1
     "Similarity of each joint, from its distance in units of the person's size and the joint's precision"
     d2 = (found[..., 0] - truth[..., 0])**2 + (found[..., 1] - truth[..., 1])**2
-    return np.exp(-d2/(2*sigmas)**2/(area[:, None] + np.spacing(1))/2)
+    return np.exp(np.maximum(-d2/(2*sigmas)**2/(area[:, None] + np.spacing(1))/2, -700))     # numbers below exp(-708) are slow
 
 # %% ../nbs/09_evaluate.ipynb #975ee988
 def _into_box(joints, box):
@@ -306,7 +306,7 @@ def coco_ap(
     results,         # list of COCO result records or the path of a result file
     skeleton:Skeleton=COCO, # any number of joints; its sigmas are used
     image_ids=None,  # images to evaluate; all of the annotations if None
-    fast=False       # the evaluator of this notebook instead of pycocotools: the same numbers
+    fast=True        # False: by pycocotools, the reference; the same numbers
 )->dict: # 'AP', 'AP50', 'AP75', 'APm', 'APl', 'AR', 'AR50', 'AR75', 'ARm', 'ARl', in 0..1; -1 where no such people are annotated
     "COCO's keypoint average precision and recall"
     annotations,results = _read('annotations', annotations),_read('results', results)

@@ -15,9 +15,12 @@ def skeleton(k, seed=0):
     return Skeleton([f'joint{i}' for i in range(k)], [(i, i+1) for i in range(0, k-1, 3)], [], rng.uniform(.02, .15, k))
 
 def random_case(seed, k, n_images, tidy=False):
-    "Annotations with crowds, people without joints, ids from 0; results with equal scores, close twins and far too many people"
+    "Annotations with crowds, people without joints, people labelled twice, ids from 0; results with equal scores, close twins, far too many people, and some where nobody is"
     rng,annotations,results = np.random.default_rng(seed),[],[]
     for image in range(n_images):
+        for _ in range(rng.choice([0, 0, 1, 30])):
+            joints = np.concatenate([rng.uniform(0, 300, (k, 2)), np.ones((k, 1))], 1)
+            if rng.random() < .3: results.append(dict(image_id=image*7, category_id=1, keypoints=joints.ravel().tolist(), score=round(rng.random(), 1)))
         for _ in range(rng.integers(0, 6)):
             side = rng.uniform(10, 200)
             box = [*rng.uniform(0, 300, 2), side*rng.uniform(.5, 2), side]
@@ -26,6 +29,7 @@ def random_case(seed, k, n_images, tidy=False):
             crowd = int(rng.random() < .15 and not tidy)
             annotations.append(dict(id=len(annotations), image_id=image*7, category_id=1, bbox=box, area=box[2]*box[3]*rng.uniform(.3, 1), iscrowd=crowd,
                                     keypoints=joints.ravel().tolist(), num_keypoints=0 if crowd else int((joints[:, 2] > 0).sum())))
+            if rng.random() < .1 and not tidy: annotations.append(dict(annotations[-1], id=len(annotations)))
             for _ in range(rng.integers(0, 4) if rng.random() < .9 else 25):
                 near = joints + np.append(rng.normal(0, side*rng.choice([0, .02, .1, .5]), 2), 0)
                 if not joints.any(): near[:, :2] += box[:2]
@@ -54,12 +58,46 @@ def test_coco_golden(golden, coco_tiny, case, fast):
     for theirs,name in names.items(): assert ours[name] == pytest.approx(stats['coco_stats'][theirs], abs=1e-6), name
 
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 2**32), k=st.integers(1, 30), n_images=st.integers(1, 12), subset=st.booleans())
-def test_fast_is_pycocotools(seed, k, n_images, subset):
+@given(seed=st.integers(0, 2**32), k=st.integers(1, 30), n_images=st.integers(1, 12), subset=st.booleans(),
+       boxes=st.booleans(), whole_pixels=st.booleans(), lost=st.sampled_from(['none', 'none', 'truth', 'results', 'people of odd images']))
+def test_fast_is_pycocotools(seed, k, n_images, subset, boxes, whole_pixels, lost):
     annotations,results = random_case(seed, k, n_images)
+    if boxes: results = [dict(r, bbox=[0, 0, r['score']*200, 99]) for r in results]
+    if whole_pixels: results = [dict(r, keypoints=np.round(r['keypoints']).tolist()) for r in results]
+    if lost == 'truth': annotations['annotations'] = []
+    if lost == 'results': results = []
+    if lost == 'people of odd images': annotations['annotations'] = [a for a in annotations['annotations'] if a['image_id'] % 2 == 0]
     kw = dict(skeleton=skeleton(k), image_ids=[i*7 for i in range(0, n_images, 2)] if subset else None)
-    reference,fast = coco_ap(annotations, results, **kw),coco_ap(annotations, results, fast=True, **kw)
-    assert reference == pytest.approx(fast, abs=1e-9)
+    reference,ours = coco_ap(annotations, results, fast=False, **kw),coco_ap(annotations, results, **kw)
+    assert reference == pytest.approx(ours, abs=1e-9)
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_crowdpose_is_pycocotools(seed):
+    "CrowdPose is COCO with other areas: .53 of the box"
+    annotations,results = random_case(seed, 14, 8)
+    annotations['annotations'] = [dict(a, area=.53*a['bbox'][2]*a['bbox'][3]) for a in annotations['annotations']]
+    for i,image in enumerate(annotations['images']): image['crowdIndex'] = (.1, .2, .5, .8)[i % 4]
+    levels = dict(zip(('easy', 'medium', 'hard'), (annotations['images'][::4], annotations['images'][1::4] + annotations['images'][2::4], annotations['images'][3::4])))
+    reference = coco_ap(annotations, results, CROWDPOSE, fast=False)
+    expected = {k: reference[k] for k in ('AP', 'AP50', 'AP75', 'AR', 'AR50', 'AR75')}
+    for name,images in levels.items():
+        expected[f'AP {name}'] = round(coco_ap(annotations, results, CROWDPOSE, [i['id'] for i in images], fast=False)['AP'], 4)
+    assert crowdpose_ap(annotations, results) == pytest.approx(expected, abs=1e-9)
+
+def test_known_cases():
+    "One person: equal scores keep the order of the file, the 21st detection does not count, an empty image counts against"
+    joints = [1., 1., 2.]*17
+    annotations = dict(images=[dict(id=1), dict(id=2)], categories=[dict(id=1, name='person', keypoints=COCO.names)],
+                       annotations=[dict(id=1, image_id=1, category_id=1, keypoints=joints, num_keypoints=17, iscrowd=0, area=4000., bbox=[0, 0, 1, 1])])
+    right,wrong = (dict(image_id=1, category_id=1, keypoints=[x, x, 1.]*17, score=.5, bbox=[0, 0, 60, 60]) for x in (1., 900.))
+    empty = dict(wrong, image_id=2)
+    for results,ap,ar in (([right], 1, 1), ([wrong], 0, 0), ([right, wrong], 1, 1), ([wrong, right], .5, 1), ([wrong]*19 + [right], .05, 1),
+                          ([wrong]*20 + [right], 0, 0), ([right]*25, 1, 1), ([dict(empty, score=.6), right], .5, 1), ([empty, right], 1, 1)):
+        for fast in (False, True):
+            ours = coco_ap(annotations, results, fast=fast)
+            assert (ours['AP'], ours['AR']) == pytest.approx((ap, ar), abs=1e-9), (len(results), fast)
+            assert ours['APm'] == ours['AP'] and ours['APl'] == -1
 
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 2**32), k=st.integers(1, 20))
@@ -68,7 +106,7 @@ def test_breakdowns_hold_together(seed, k):
     sk = skeleton(k)
     if not any(a['num_keypoints'] and not a['iscrowd'] for a in annotations['annotations']): return
     costs = error_costs(annotations, results, sk)
-    assert sum(costs.values()) == pytest.approx(1) and costs['AP'] == pytest.approx(coco_ap(annotations, results, sk, fast=True)['AP'])
+    assert sum(costs.values()) == pytest.approx(1) and costs['AP'] == pytest.approx(coco_ap(annotations, results, sk)['AP'])
     whole = ap_by_size(annotations, results, sk, sides=(0,))['over 0']
     assert whole['AP'] == pytest.approx(costs['AP'])
     if k == 1: assert ap_by_joint(annotations, results, sk)['joint0']['AP'] == pytest.approx(costs['AP'])
@@ -143,7 +181,7 @@ def test_fast_enough():
     "Many times faster than pycocotools on 3,000 detections"
     annotations,results = random_case(4, 17, 600)
     results = results[:3000]
-    start = time.perf_counter(); slow = coco_ap(annotations, results); middle = time.perf_counter()
-    fast = coco_ap(annotations, results, fast=True); end = time.perf_counter()
-    assert slow == pytest.approx(fast, abs=1e-9)
+    start = time.perf_counter(); slow = coco_ap(annotations, results, fast=False); middle = time.perf_counter()
+    ours = coco_ap(annotations, results); end = time.perf_counter()
+    assert slow == pytest.approx(ours, abs=1e-9)
     assert (middle-start)/(end-middle) > 5
