@@ -8,28 +8,33 @@ __all__ = ['heatmap_loss', 'person_tags', 'push_loss', 'ae_loss', 'PoseLoss']
 # %% ../nbs/06_loss.ipynb #6db32cc9
 import torch, torch.nn.functional as F, warnings
 from fastcore.basics import patch
+from itertools import repeat
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 # %% ../nbs/06_loss.ipynb #dae3ec47
 class _MaskedSquares(Function):
     "Sum over joints and pixels of mask (1 + foreground gt) (pred - gt)^2, for each image"
     @staticmethod
     def forward(ctx, pred, gt, mask, foreground):
-        ctx.save_for_backward(pred, gt, mask)
-        ctx.foreground = foreground
-        def squares(p, g, m):
-            error = F.mse_loss(p, g, reduction='none')
-            return ((error.mul_(1 + foreground*g) if foreground else error).sum(1)*m).sum((1, 2))
+        slope = torch.empty_like(pred) if ctx.needs_input_grad[0] else None     # half of the gradient, made while the errors are at hand
+        def squares(p, g, m, slope):
+            error,weight = p - g,m[:, None]
+            if foreground: weight = (foreground*g).add_(1).mul_(weight)
+            weighted = error*weight
+            if slope is not None: slope.copy_(weighted)
+            return error.mul_(weighted).sum((1, 2, 3))
         images = 1 if pred.device.type == 'cpu' else max(1, len(pred))     # a CPU's cache holds the errors of one image
-        return torch.cat([squares(*part) for part in zip(*(t.split(images) for t in (pred, gt, mask)))])
+        parts = [t.split(images) if t is not None else repeat(None) for t in (pred, gt, mask, slope)]
+        ctx.save_for_backward(slope)
+        return torch.cat([squares(*part) for part in zip(*parts)])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
-        pred,gt,mask = ctx.saved_tensors
-        error = pred - gt
-        if ctx.foreground: error = error*(1 + ctx.foreground*gt)
-        return error.mul_((2*grad[:, None, None]*mask)[:, None]), None, None, None
+        slope, = ctx.saved_tensors
+        return slope*(2*grad[:, None, None, None]), None, None, None
 
 # %% ../nbs/06_loss.ipynb #5a7ae273
 def _at_least_float32(x): return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

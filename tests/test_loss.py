@@ -141,7 +141,8 @@ def test_heatmap_gradcheck(foreground):
     draw = lambda *shape: torch.rand(*shape, generator=g, dtype=torch.float64)
     pred,gt,mask = draw(2, 3, 4, 4).requires_grad_(),draw(2, 3, 4, 4),draw(2, 4, 4)
     assert torch.autograd.gradcheck(lambda p: heatmap_loss(p, gt, mask, foreground), pred)
-    assert torch.autograd.gradgradcheck(lambda p: heatmap_loss(p, gt, mask, foreground), pred)
+    slope, = torch.autograd.grad(heatmap_loss(pred, gt, mask, foreground).sum(), pred, create_graph=True)
+    with pytest.raises(RuntimeError, match='differentiate twice'): slope.sum().backward()     # no wrong second derivative
 
 @pytest.mark.parametrize('kind', ['exp', 'max'])
 def test_ae_gradcheck(kind):
