@@ -119,7 +119,7 @@ def _check_images(results, truth):
 # %% ../nbs/09_evaluate.ipynb #40e76e6e
 def _areas(results, joints, boxed):
     "Areas of the boxes of detections: the records' own if `boxed`, else those of the joints"
-    if boxed: return np.array(_column(results, 'bbox', 'results'), float)[:, 2:].prod(1)
+    if boxed: return np.array(_column(results, 'bbox', 'results'), float).reshape(-1, 4)[:, 2:].prod(1)
     return np.ptp(joints[..., 0], 1)*np.ptp(joints[..., 1], 1)
 
 # %% ../nbs/09_evaluate.ipynb #be805a79
