@@ -247,8 +247,8 @@ class HigherHRNet(HRNet):
 archs = dict(
     w32=dict(width=32),
     w48=dict(width=48),
-    tiny=dict(width=16, stem=16, layer1_block='basic', layer1_width=16, layer1_blocks=1, modules=(1,1,1), blocks=2,
-              deconv_blocks=1, init='kaiming'))
+    tiny=dict(width=24, stem=16, layer1_block='basic', layer1_width=16, layer1_blocks=1, modules=(1,1,1), blocks=(1,1,2,2),
+              deconv_width=16, deconv_blocks=1, init='kaiming'))
 
 # %% ../nbs/05_model.ipynb #84f07bc2
 def _open_weights(path):

@@ -1,0 +1,52 @@
+"""Sixteen real images learned by heart: can the whole path, from annotation file to COCO AP, represent the truth?
+
+    make bench-overfit        or: python tests/bench_overfit.py [folder of COCO data]
+"""
+import argparse, json, shutil, tempfile, time
+from pathlib import Path
+from fastai.torch_core import set_seed
+from posenb.evaluate import ap_table
+from posenb.learner import pose_dls, pose_learner
+from posenb.loss import PoseLoss
+from posenb.train import training_callbacks
+
+def first_images(data, folder, n):
+    "A COCO folder in which the first `n` images with people of `data` are both to learn and to be tested on"
+    coco = json.loads((data/'annotations'/'person_keypoints_train2017.json').read_text())
+    with_people = {a['image_id'] for a in coco['annotations'] if a['num_keypoints'] and not a['iscrowd']}
+    images = [i for i in coco['images'] if i['id'] in with_people][:n]
+    kept = {i['id'] for i in images}
+    coco.update(images=images, annotations=[a for a in coco['annotations'] if a['image_id'] in kept])
+    (folder/'annotations').mkdir()
+    for split in ('train2017', 'val2017'):
+        (folder/split).mkdir()
+        (folder/'annotations'/f'person_keypoints_{split}.json').write_text(json.dumps(coco))
+        for i in images: shutil.copy(data/'train2017'/i['file_name'], folder/split)
+    return folder
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument('data', nargs='?', type=Path, default=Path(__file__).parents[2]/'shared'/'coco_tiny', help='folder of COCO data')
+    parser.add_argument('--images', type=int, default=16)
+    parser.add_argument('--minutes', type=float, default=14, help='of training')
+    parser.add_argument('--size', type=int, default=320, help='side of the input in training; the long side of an image fills it')
+    parser.add_argument('--test_size', type=int, default=256, help='short side of an image in the test')
+    parser.add_argument('--lr', type=float, default=5e-3)
+    parser.add_argument('--epochs', type=int, default=1000)
+    parser.add_argument('--bar', type=float, default=.8, help='AP to be reached')
+    args = parser.parse_args()
+    set_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        data = first_images(args.data, Path(folder), args.images)
+        dls = pose_dls(data, size=args.size, test_size=args.test_size, bs=8, workers=1, convention='unbiased', valid='val2017',
+                       scale_range=(.95, 1.15), scale_type='long', max_rotation=0, max_translate=5)
+        loss = PoseLoss(dls.skeleton.n, push_weight=3e-2, pull_weight=3e-2, foreground=10)
+        learn = pose_learner(dls, 'tiny', loss_func=loss, path=folder, ap_every=50, cbs=training_callbacks())
+        start = time.perf_counter()
+        learn.fit_schedule(args.epochs, args.lr, sched='cosine', warmup=10, wd=0)
+        minutes = (time.perf_counter() - start)/60
+        stats = learn.evaluate()
+    print(ap_table(stats), f'{args.images} images, {args.epochs} epochs, {minutes:.1f} minutes', sep='\n\n')
+    if stats['AP'] < args.bar: raise SystemExit(f"AP {stats['AP']:.3f} is below {args.bar}")
+
+if __name__ == '__main__': main()
