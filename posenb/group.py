@@ -182,17 +182,16 @@ def _original_cost(distance, score, use_detection_val):
     cost = np.round(distance)*100 - score[:, None] if use_detection_val else distance
     return np.pad(cost, ((0, 0), (0, max(0, len(cost) - cost.shape[1]))), constant_values=1e10)
 
-def _ranked_cost(distance, score, evidence, tag_threshold, use_detection_val):
-    "Costs (a, g) without ties: a large constant for no match; among equal distances the higher peak to the person with more evidence"
-    rank = 1 + np.argsort(np.argsort(-evidence, kind='stable'))
+def _ranked_cost(distance, score, tag_threshold, use_detection_val):
+    "Costs (a, g) without ties: a large constant for no match; among equal distances the higher peak to the earlier person"
+    rank = 1 + np.arange(distance.shape[1])
     cost = np.round(distance)*100 - score[:, None]/rank if use_detection_val else distance
     return np.where(distance < tag_threshold, cost, 1000*(1 + tag_threshold))
 
 # %% ../nbs/07_group.ipynb #beccf913
 def assign(
-    distance,             # (a, g) tag distances of candidates and people
+    distance,             # (a, g) tag distances of candidates and people, these in the order in which they were started
     score,                # (a,) heights of the candidates' peaks
-    evidence,             # (g,) sum of the heights of each person's joints
     tag_threshold=1.,     # no match from this distance on
     use_detection_val=True, # round distances and let heights decide; False: distances only
     solver='scipy'        # or 'munkres': the costs and the ties of the original
@@ -202,7 +201,7 @@ def assign(
     _check_one_of(solver, 'solver', ('scipy', 'munkres'))
     person = np.full(len(distance), -1)
     if solver == 'munkres': rows,columns = np.arange(len(distance)),munkres(_original_cost(distance, score, use_detection_val))
-    else: rows,columns = linear_sum_assignment(_ranked_cost(distance, score, evidence, tag_threshold, use_detection_val))
+    else: rows,columns = linear_sum_assignment(_ranked_cost(distance, score, tag_threshold, use_detection_val))
     match = columns < distance.shape[1]
     rows,columns = rows[match],columns[match]
     match = distance[rows, columns] < tag_threshold
@@ -224,7 +223,6 @@ class _People:
         self.tag_sum[p] += tag
         self.count[p] += 1
     def mean_tags(self, n): return np.array(self.tag_sum[:n])/np.array(self.count[:n], np.float32)[:, None]
-    def evidence(self, n): return np.array(self.poses[:n])[..., 2].sum(1)
 
 # %% ../nbs/07_group.ipynb #f1cce9bb
 def match_by_tag(
@@ -248,8 +246,7 @@ def match_by_tag(
         if not found.any() or (ignore_too_much and len(people) >= max_people): continue
         candidates,tags,n = joints[k, found],tag_k[k, found].astype(np.float32),min(len(people), max_people)
         person = np.full(len(tags), -1)
-        if n: person = assign(np.linalg.norm(candidates[:, None, 3:] - people.mean_tags(n), axis=-1), candidates[:, 2],
-                              people.evidence(n), tag_threshold, use_detection_val, solver)
+        if n: person = assign(np.linalg.norm(candidates[:, None, 3:] - people.mean_tags(n), axis=-1), candidates[:, 2], tag_threshold, use_detection_val, solver)
         for p,joint,tag in zip(person, candidates, tags):
             if p >= 0: people.add(p, k, joint, tag)
             else: people.start(keys.setdefault(float(tag[0]) if solver == 'munkres' else len(people), len(people)), k, joint, tag)

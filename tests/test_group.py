@@ -112,7 +112,7 @@ def test_munkres_errors():
 def test_assign_is_a_matching(a, g, seed, use_detection_val, solver):
     rng = np.random.default_rng(seed)
     distance = rng.uniform(0, 2, (a, g))
-    person = assign(distance, rng.random(a), rng.random(g), use_detection_val=use_detection_val, solver=solver)
+    person = assign(distance, rng.random(a), use_detection_val=use_detection_val, solver=solver)
     matched = person[person >= 0]
     assert person.shape == (a,) and len(set(matched)) == len(matched)
     assert (distance[person >= 0, matched] < 1).all()
