@@ -146,7 +146,8 @@ class PoseDataset:
         self.with_center,self.scale_aware_sigma = with_center,scale_aware_sigma
         data = read_annotations(self.file)
         self.category = _category(data, category, self.file)
-        self.skeleton = skeleton or Skeleton.from_coco(self.category)
+        try: self.skeleton = skeleton or Skeleton.from_coco(self.category)
+        except ValueError as e: raise ValueError(f'{self.file}: category {category!r}: {e}') from None
         _check_joints(self.category, self.skeleton, self.file)
         mirror = self.skeleton.flip_index
         if with_center: mirror = np.append(mirror, self.skeleton.n)

@@ -56,7 +56,7 @@ class Recipe:
     workers:int=1                  # processes that read and warp images
     epochs:int=20                  # passes through the training images
     optimizer:str='muon'           # adam (AdamW) or muon
-    lr:float=1.2e-2                # largest learning rate
+    lr:float=2.4e-2                # largest learning rate
     wd:float=1e-2                  # weight decay, relative to the learning rate
     sched:str='cosine'             # how the learning rate falls: cosine, flat, ..., or multistep: to a tenth at each of the steps
     steps:list[float]=()           # for multistep: epochs
@@ -296,7 +296,7 @@ def train(
             print(f'{learn.dls.train_ds}\n{learn.dls.test}\n{recipe.arch}: {n:,} parameters, {ranks()[1]} processes, run in {folder}', flush=True)
         start = time.perf_counter()
         stopped = fit(learn, recipe)
-        stats = finish(learn, folder, minutes=(time.perf_counter()-start)/60, stopped=stopped)
+        stats = finish(learn, folder, minutes=(time.perf_counter()-start)/60, stopped=stopped, skipped=len(learn.dls.train_ds.skipped))
         if not rank_distrib(): print(ap_table(stats), f'weights, metrics and pictures are in {folder}', sep='\n\n')
     return learn
 
