@@ -1,12 +1,14 @@
 # make train    a small network learns to find drawn people: about ten minutes on two cores, no GPU
 # make test     every notebook and every test
 # make check    notebooks and modules agree
+# make bench    how fast each part is on this machine
+# make bench-overfit   sixteen real images learned by heart, about fifteen minutes; DATA=folder of COCO data
 # PYTHON=python3.12 make ... picks the interpreter for the environment
 PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 
-.PHONY: train test check readme
+.PHONY: train test check bench bench-overfit readme
 
 # installed once, and again only when what is to be installed has changed
 $(VENV)/.installed: setup.py settings.ini pyproject.toml
@@ -24,6 +26,12 @@ test: $(VENV)/.installed
 
 check: $(VENV)/.installed
 	$(BIN)/nbdev_export && $(BIN)/nbdev_clean && git diff --exit-code -- posenb nbs
+
+bench: $(VENV)/.installed
+	$(BIN)/posenb_bench
+
+bench-overfit: $(VENV)/.installed
+	$(BIN)/python tests/bench_overfit.py $(DATA)
 
 readme: $(VENV)/.installed
 	$(BIN)/python .ci/readme.py
