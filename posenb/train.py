@@ -21,6 +21,7 @@ from types import UnionType
 from typing import get_args
 from fastcore.basics import ifnone
 from fastcore.docments import docments
+from fastcore.foundation import L
 from fastai.callback.core import Callback
 from fastai.torch_core import rank_distrib, set_seed
 from .callbacks import ChannelsLast, CheckFinite, EMA, Precision
@@ -278,6 +279,7 @@ def finish(
 def train(
     recipe='people', # a recipe's name, a YAML file, or a `Recipe`
     resume=None,     # folder of a run that was stopped: go on with it, with its own recipe
+    cbs=None,        # further callbacks
     **settings       # what is to be different from the recipe
 ): # the `PoseLearner`, after training
     "Train a network, evaluate it, and leave weights, numbers and pictures in a folder"
@@ -287,7 +289,7 @@ def train(
     on_rank0(training_data, recipe.data)
     learn = recipe_learner(recipe)
     folder = learn.path = Path(resume) if resume else on_rank0(run_folder, recipe.out)
-    learn.add_cbs([EventLog(folder), Checkpoint(folder/'checkpoints', epochs=recipe.checkpoint_every or None, resume=bool(resume), config=dataclasses.asdict(recipe))])
+    learn.add_cbs([*L(cbs), EventLog(folder), Checkpoint(folder/'checkpoints', epochs=recipe.checkpoint_every or None, resume=bool(resume), config=dataclasses.asdict(recipe))])
     with distributed(learn, sync_bn=recipe.sync_bn):
         if not rank_distrib():
             learn.add_cb(HistoryFile(folder/'history.csv'))
