@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['network_input', 'Oracle', 'shrink_joints', 'resize_maps', 'heat_and_tags', 'check_outputs', 'unmirror',
-           'merge_mirrored', 'merge_scales', 'People', 'Predictor', 'evaluating', 'predict_dataset']
+           'merge_mirrored', 'merge_scales', 'People', 'Predictor', 'evaluating', 'predict_dataset', 'oracle_results']
 
 # %% ../nbs/08_predict.ipynb #1a4d373c
 import inspect, numpy as np, torch
-from collections import deque
+from collections import defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,7 +35,7 @@ def network_input(
 
 # %% ../nbs/08_predict.ipynb #f5d63abc
 class Oracle(nn.Module):
-    "A network that is told who is in the image and draws perfect maps of them, of the second image of a batch in the mirror"
+    "A network that is told who is in an image and draws perfect maps of them, and in the mirror for a second image"
     def __init__(self,
         skeleton:Skeleton=COCO,
         convention='original', # 'original' or 'unbiased' coordinates
@@ -100,20 +100,22 @@ def resize_maps(
 
 # %% ../nbs/08_predict.ipynb #cf92ddef
 def heat_and_tags(
-    outputs, # the network's outputs, a list of (B, C, h, w), the largest one last
-    n_joints # K: the first K maps of an output are heatmaps, the others are tags
+    outputs,  # the network's outputs, a list of (B, C, h, w), the largest one last
+    n_joints, # K: the first K maps of an output are heatmaps, the others are tags
+    with_tags=True # False: the tags are not needed
 ): # heat (B, K, H, W), list of tags (B, K or 1, H, W), both at the size of the last output
     "Mean heatmap of all outputs, and the tags"
-    outputs = [resize_maps(o.float(), outputs[-1].shape[-2:]) for o in outputs]
-    tags = [o[:, n_joints:] for o in outputs if o.shape[1] > n_joints]
-    if not tags or min(o.shape[1] for o in outputs) < n_joints:
-        raise ValueError(f'the network returns {[o.shape[1] for o in outputs]} maps; {n_joints} joints need at least {n_joints} each, and more in one of them, for the tags')
-    return torch.stack([o[:, :n_joints] for o in outputs]).mean(0),tags
+    size,counts = outputs[-1].shape[-2:],[o.shape[1] for o in outputs]
+    if max(counts) == n_joints or not {*counts} <= {n_joints, n_joints + 1, 2*n_joints}:
+        raise ValueError(f'the network returns {counts} maps; for {n_joints} joints each output needs {n_joints} of them, '
+                         f'and one or more also {n_joints} or 1 for the tags: is this the skeleton the network was trained with?')
+    heat = sum(resize_maps(o[:, :n_joints].float(), size) for o in outputs)/len(outputs)
+    return heat,[resize_maps(o[:, n_joints:].float(), size) for o in outputs if with_tags and o.shape[1] > n_joints]
 
 # %% ../nbs/08_predict.ipynb #876d3391
 def check_outputs(outputs, model):
     "ValueError if the network's outputs hold NaN or infinite values"
-    if all(o.isfinite().all() for o in outputs): return
+    if all(o.float().sum().isfinite() or o.isfinite().all() for o in outputs): return      # a sum is faster
     weights = [name for name,w in model.state_dict().items() if not w.isfinite().all()]
     why = f'so are its weights, {weights[0]} first: load others' if weights else 'its weights are finite, so look at the number format (autocast) and the input'
     raise ValueError(f"the network's maps are NaN or infinite; {why}")
@@ -144,7 +146,7 @@ def merge_scales(
     size   # (H, W) of the result
 ): # heat (K, H, W), tags (K or 1, H, W, T)
     "Mean heatmap of all scales, and the tags, at one size"
-    heat = torch.stack([resize_maps(h[None], size)[0] for h in heats]).mean(0) if len(heats) > 1 else resize_maps(heats[0][None], size)[0]
+    heat = sum(resize_maps(h[None], size)[0] for h in heats)/len(heats)
     return heat,resize_maps(torch.stack(tags), size).permute(1, 2, 3, 0)
 
 # %% ../nbs/08_predict.ipynb #6c4daa34
@@ -202,35 +204,57 @@ def evaluating(model):
 
 # %% ../nbs/08_predict.ipynb #3e50df6d
 @patch
-def outputs(self:Predictor,
-    x # (3, H, W) float32, from `network_input`
-): # list of (1 or 2, C, h, w): of the image, and of its mirror image if `flip`
-    "The network's outputs; image and mirror image go through it together"
-    device = next((p.device for p in self.model.parameters()), x.device)
-    x = torch.stack([x, x.flip(2)] if self.flip else [x]).to(device)
-    with evaluating(self.model), torch.autocast(device.type, self.autocast, enabled=self.autocast is not None): out = self.model(x)
-    check_outputs(out, self.model)
-    return out
+def input_sizes(self:Predictor,
+    image # (H, W, 3)
+): # (width, height) of the network's input at scale 1, and at each of the scales
+    "The sizes at which an image is looked at"
+    h,w = image.shape[:2]
+    return [test_size(w, h, self.size, s, self.scales[-1]) for s in (1, *self.scales)]
 
 # %% ../nbs/08_predict.ipynb #0aeadf45
 @patch
-def maps(self:Predictor,
-    image # (H, W, 3) uint8 RGB
+def outputs(self:Predictor,
+    images, # list of B (H, W, 3) uint8 RGB
+    size    # (width, height) of the network's input
+): # for each of the images: list of (1 or 2, C, h, w), of the image, and of its mirror image if `flip`
+    "The network's outputs"
+    device = next((p.device for p in self.model.parameters()), torch.device('cpu'))
+    x = torch.stack([network_input(image, size, self.convention) for image in images]).to(device)
+    if self.flip: x = torch.cat([x, x.flip(3)])
+    with evaluating(self.model), torch.autocast(device.type, self.autocast, enabled=self.autocast is not None): out = self.model(x)
+    check_outputs(out, self.model)
+    return [[o[b::len(images)] for o in out] for b in range(len(images))]
+
+# %% ../nbs/08_predict.ipynb #fc053b2d
+@patch
+def merge(self:Predictor,
+    outputs, # for each scale: one image's entry of `outputs`
+    size     # (width, height) of the network's input at scale 1
 ): # heat (K, H', W'), tags (K or 1, H', W', T), on the network's device
     "The maps of an image, all scales and mirror images put together"
-    (h,w),K,heats,kept = image.shape[:2],self.skeleton.n,[],[]
-    sizes = {s: test_size(w, h, self.size, s, self.scales[-1]) for s in {1, *self.scales}}
-    for s in self.scales:
-        heat,tags = heat_and_tags(self.outputs(network_input(image, sizes[s], self.convention)), K + self.with_center)
+    K,heats,kept = self.skeleton.n,[],[]
+    for s,out in zip(self.scales, outputs):
+        heat,tags = heat_and_tags(out, K + self.with_center, s == 1 or len(self.scales) == 1)
         heat,tags = merge_mirrored(heat[:, :K], [t[:, :K] for t in tags], self.skeleton.flip_index)
         heats.append(heat)
-        if s == 1 or len(self.scales) == 1: kept = tags
-    return merge_scales(heats, kept, sizes[1][::-1] if self.project2image else heats[0].shape[1:])
+        kept += tags
+    return merge_scales(heats, kept, size[::-1] if self.project2image else heats[0].shape[1:])
+
+# %% ../nbs/08_predict.ipynb #23702509
+@patch
+def maps(self:Predictor,
+    images # list of (H, W, 3) uint8 RGB with the same `input_sizes`
+): # yields for each image: heat (K, H', W'), tags (K or 1, H', W', T), on the network's device
+    "The maps of images that go through the network together"
+    base,*sizes = self.input_sizes(images[0])
+    if other := [i.shape for i in images if self.input_sizes(i) != [base, *sizes]]:
+        raise ValueError(f"images: those of a batch need the same size in the network; {images[0].shape} becomes {base}, {other[0]} something else")
+    yield from (self.merge(outputs, base) for outputs in zip(*(self.outputs(images, size) for size in sizes)))
 
 # %% ../nbs/08_predict.ipynb #fd077910
 @patch
 def people(self:Predictor,
-    heat, tags, # from `maps`
+    heat, tags, # of an image, from `maps`
     size        # (width, height) of the image
 )->People:
     "Group the maps, and take what was found back to the image"
@@ -240,16 +264,26 @@ def people(self:Predictor,
     return People(poses[..., :3], scores, poses[..., 3:])
 
 # %% ../nbs/08_predict.ipynb #03fd6838
+def _check_image(image):
+    image = np.asarray(image)
+    if image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and 0 not in image.shape: return image
+    raise ValueError(f'image: (H, W, 3) uint8 RGB is needed, got {image.shape} {image.dtype}')
+
+@patch
+def batch(self:Predictor,
+    images # list of (H, W, 3) uint8 RGB with the same `input_sizes`
+)->list: # `People` of each
+    "The people in images that go through the network together"
+    images = [_check_image(image) for image in images]
+    if not images: raise ValueError('images: an empty list; give at least one image')
+    return [self.people(*maps, image.shape[1::-1]) for maps,image in zip(self.maps(images), images)]
+
 @patch
 def __call__(self:Predictor,
     image # (H, W, 3) uint8 RGB, or the path of a file
 )->People:
     "The people in an image"
-    if isinstance(image, (str, Path)): image = read_image(image)
-    image = np.asarray(image)
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-        raise ValueError(f'image: (H, W, 3) uint8 RGB is needed, got {image.shape} {image.dtype}')
-    return self.people(*self.maps(image), image.shape[1::-1])
+    return self.batch([read_image(image) if isinstance(image, (str, Path)) else image])[0]
 
 # %% ../nbs/08_predict.ipynb #311a2b3d
 def _ahead(f, n, count=4):
@@ -262,15 +296,46 @@ def _ahead(f, n, count=4):
             yield result
 
 # %% ../nbs/08_predict.ipynb #62310007
+def _alike(items, key, n):
+    "Lists of `n` pairs (index, item) that have the same key; shorter ones at the end"
+    waiting = defaultdict(list)
+    for i,item in enumerate(items):
+        same = waiting[key(item)]
+        same.append((i, item))
+        if len(same) == n: yield waiting.pop(key(item))
+    yield from waiting.values()
+
+# %% ../nbs/08_predict.ipynb #fccd3b58
 def predict_dataset(
     predictor:Predictor,
-    dataset,      # `PoseDataset` with train=False; or has len, .image(i), .info(i)['id'] and .category['id']
-    progress=True # show a progress bar
-)->list: # COCO result records of all images
+    dataset,       # `PoseDataset` with train=False; or has len, .image(i), .info(i)['id'] and .category['id']
+    progress=True, # show a progress bar
+    bs=None        # images a batch; None: 8 on a GPU, 1 on a CPU, whose cache holds no more
+)->list: # COCO result records of all images, in the order of the dataset
     "The people in all images of a dataset"
-    images,results = _ahead(dataset.image, len(dataset)),[]
+    if bs is None: bs = 1 if next((p.device.type for p in predictor.model.parameters()), 'cpu') == 'cpu' else 8
+    if bs < 1: raise ValueError(f'bs: 1 or more is needed, got {bs}')
+    images,found = _ahead(dataset.image, len(dataset)),{}
     if progress:
         from fastprogress.fastprogress import progress_bar
         images = progress_bar(images, total=len(dataset))
-    for i,image in enumerate(images): results += to_results(predictor(image), dataset.info(i)['id'], dataset.category['id'])
+    for same in _alike(images, lambda image: tuple(predictor.input_sizes(image)), bs):
+        for (i,_),people in zip(same, predictor.batch([image for _,image in same])): found[i] = people
+    return [r for i in range(len(dataset)) for r in to_results(found[i], dataset.info(i)['id'], dataset.category['id'])]
+
+# %% ../nbs/08_predict.ipynb #5d0135b1
+def oracle_results(
+    dataset,      # `PoseDataset` with train=False
+    size=512,     # as in `Predictor`
+    convention='original', # of the drawn maps and of the decoder
+    sigma=2., reach=6, # as in `Oracle`
+    **kwargs      # arguments of `Predictor`
+)->list: # COCO result records
+    "What would be found in a dataset with a network that makes no mistakes"
+    oracle,results = Oracle(dataset.skeleton, convention, sigma, reach),[]
+    predictor = Predictor(oracle, dataset.skeleton, size, convention=convention, **kwargs)
+    for i in range(len(dataset)):
+        image,joints = dataset.image(i),dataset.joints(i)
+        oracle.look(joints[(joints[..., 2] > 0).any(1)], image.shape[1::-1])
+        results += to_results(predictor(image), dataset.info(i)['id'], dataset.category['id'])
     return results
