@@ -242,7 +242,7 @@ def merge(self:Predictor,
 
 # %% ../nbs/08_predict.ipynb #23702509
 @patch
-def maps(self:Predictor,
+def batch_maps(self:Predictor,
     images # list of (H, W, 3) uint8 RGB with the same `input_sizes`
 ): # yields for each image: heat (K, H', W'), tags (K or 1, H', W', T), on the network's device
     "The maps of images that go through the network together"
@@ -251,10 +251,17 @@ def maps(self:Predictor,
         raise ValueError(f"images: those of a batch need the same size in the network; {images[0].shape} becomes {base}, {other[0]} something else")
     yield from (self.merge(outputs, base) for outputs in zip(*(self.outputs(images, size) for size in sizes)))
 
+@patch
+def maps(self:Predictor,
+    image # (H, W, 3) uint8 RGB
+): # heat (K, H', W'), tags (K or 1, H', W', T), on the network's device
+    "The maps of one image"
+    return next(self.batch_maps([image]))
+
 # %% ../nbs/08_predict.ipynb #fd077910
 @patch
 def people(self:Predictor,
-    heat, tags, # of an image, from `maps`
+    heat, tags, # from `maps`
     size        # (width, height) of the image
 )->People:
     "Group the maps, and take what was found back to the image"
@@ -276,7 +283,7 @@ def batch(self:Predictor,
     "The people in images that go through the network together"
     images = [_check_image(image) for image in images]
     if not images: raise ValueError('images: an empty list; give at least one image')
-    return [self.people(*maps, image.shape[1::-1]) for maps,image in zip(self.maps(images), images)]
+    return [self.people(*maps, image.shape[1::-1]) for maps,image in zip(self.batch_maps(images), images)]
 
 @patch
 def __call__(self:Predictor,

@@ -75,8 +75,7 @@ def _looker(predictor, image):
     @lru_cache(1)
     def look(number):
         pixels = image(number)
-        (maps,) = predictor.maps([pixels])
-        return pixels,maps
+        return pixels,predictor.maps(pixels)
     return look
 
 def _threshold(group_args, name, default, most):

@@ -56,7 +56,7 @@ def test_golden(printed, found, case):
 def test_maps_golden(printed, trained, photos):
     predictor = Predictor(trained, size=256)
     for i in ids:
-        (heat,tags), = predictor.maps([photos[i]])
+        heat,tags = predictor.maps(photos[i])
         np.testing.assert_allclose(heat[:, ::8, ::8], printed[0][f'A_default/{i}/heatmaps_8x8'], rtol=0, atol=1e-4)
         np.testing.assert_allclose(tags[:, ::8, ::8], printed[0][f'A_default/{i}/tags_8x8'], rtol=0, atol=1e-3)
 
@@ -88,7 +88,7 @@ def oracle_aps(ds, groupings, convention='original', **settings):
         info,joints = ds.info(i),ds.joints(i)
         image = np.zeros((info['height'], info['width'], 3), np.uint8)    # the oracle does not look at it
         oracle.look(joints[(joints[..., 2] > 0).any(1)], image.shape[1::-1])
-        maps, = predictors[0].maps([image])
+        maps = predictors[0].maps(image)
         for r,p in zip(results, predictors): r += to_results(p.people(*maps, image.shape[1::-1]), info['id'])
     return [coco_ap(ds.file, r, image_ids=ds.ids) for r in results]
 
@@ -220,8 +220,8 @@ def test_maps_of_a_batch_are_those_of_its_images(tiny, settings):
     "Images of other sizes, one size in the network"
     images = Images([(90, 64), (91, 65), (90, 64)]).images
     predictor = Predictor(tiny, size=64, **settings)
-    for image,(heat,tags) in zip(images, predictor.maps(images)):
-        (heat_alone,tags_alone), = predictor.maps([image])
+    for image,(heat,tags) in zip(images, predictor.batch_maps(images)):
+        heat_alone,tags_alone = predictor.maps(image)
         torch.testing.assert_close(heat, heat_alone, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(tags, tags_alone, rtol=1e-4, atol=1e-5)
 
@@ -265,7 +265,7 @@ def test_bad_weights(where, bad):
 def test_large_maps_are_no_error():
     class Large(Drawn):
         def forward(self, x): return [3e38*torch.ones(1, 34, 16, 16), torch.ones(1, 17, 32, 32)]
-    heat,_ = next(Predictor(Large(), size=64, flip=False).maps([black]))
+    heat,_ = Predictor(Large(), size=64, flip=False).maps(black)
     assert heat.shape == (17, 64, 64)
 
 @pytest.mark.parametrize('image,message', [
