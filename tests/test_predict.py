@@ -7,7 +7,7 @@ from torch import nn
 from posenb.dataset import PoseDataset, find_coco
 from posenb.evaluate import coco_ap, to_results
 from posenb.model import higher_hrnet
-from posenb.predict import Oracle, Predictor, oracle_results, predict_dataset, unmirror
+from posenb.predict import Oracle, Predictor, network_input, oracle_results, predict_dataset, unmirror
 from posenb.skeleton import COCO, Skeleton
 
 @pytest.fixture(autouse=True, scope='module')
@@ -312,3 +312,21 @@ def test_batches_that_do_not_fit():
     with pytest.raises(ValueError, match='an empty list'): predictor.batch([])
     with pytest.raises(ValueError, match='the same size in the network'): predictor.batch([black, np.zeros((64, 90, 3), np.uint8)])
     with pytest.raises(ValueError, match='bs: 1 or more'): predict_dataset(predictor, Images([(64, 64)]), progress=False, bs=0)
+
+@pytest.mark.parametrize('convention', ['original', 'unbiased'])
+@pytest.mark.parametrize('size', [(544, 320), (320, 192), (224, 128)])
+def test_inputs_of_all_scales_show_the_same(convention, size):
+    "A spot lies at the same share of the width and of the height, however the sizes were rounded"
+    image,base = np.zeros((480, 640, 3), np.uint8),(448, 256)
+    image[200:240, 400:440] = 255
+    half = .5 if convention == 'unbiased' else 0
+    def spot(x, size):
+        weight = x[0] - x[0].min()
+        return [((weight*torch.arange(n).view(shape)).sum()/weight.sum() + half)/n for n,shape in zip(size, ((1, -1), (-1, 1)))]
+    np.testing.assert_allclose(spot(network_input(image, size, convention, base), size), spot(network_input(image, base, convention), base), atol=2e-3)
+
+@pytest.mark.parametrize('scales', [(1.25, 1, .75), (.3, 1), (1, 1.1)])
+def test_any_scale(tiny, scales):
+    predictor = Predictor(tiny, size=64, scales=scales)
+    assert all(n % 32 == 0 and n for size in predictor.input_sizes(np.zeros((73, 51, 3))) for n in size)
+    predictor(np.zeros((73, 51, 3), np.uint8))
