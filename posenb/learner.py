@@ -17,6 +17,7 @@ from fastai.data.load import DataLoader
 from fastai.learner import Learner, Metric
 from fastai.optimizer import OptimWrapper
 from .dataset import PoseDataset, find_coco, pose_collate, worker_init
+from .distributed import gather_results, share
 from .evaluate import coco_ap
 from .loss import PoseLoss
 from .model import higher_hrnet
@@ -162,9 +163,14 @@ class PoseLearner(Learner):
     def evaluate(self,
         **kwargs # arguments of `Predictor`
     ): # dict with 'AP', 'AP50', ...
-        "COCO statistics on `dls.test`, the validation images"
-        self.results = predict_dataset(self.predictor(**kwargs), self.dls.test, progress=False)
-        return coco_ap(self.dls.test.file, self.results, self.dls.skeleton)
+        "COCO statistics on `dls.test`, the validation images; all processes share them"
+        test = self.dls.test
+        ids = [test.info(i)['id'] for i in range(len(test))]
+        found = {ids[i]:[] for i in share(range(len(test)))}
+        for r in predict_dataset(self.predictor(**kwargs), test, progress=False, indices=share(range(len(test)))): found[r['image_id']].append(r)
+        found = gather_results(found)
+        self.results = [r for id in ids for r in found[id]]
+        return coco_ap(test.file, self.results, self.dls.skeleton)
 
 # %% ../nbs/15_learner.ipynb #c33728b9
 @patch
@@ -183,7 +189,7 @@ def show_results(self:PoseLearner,
         image,people = test.image(i),predictor(test.image(i))
         show_poses(image, test.joints(i), test.skeleton, ax=row[0], title='truth', linewidth=1)
         show_poses(image, people.keypoints[people.scores > min_score], test.skeleton, ax=row[1], title='found', linewidth=1, threshold=.05)
-        show_maps(next(predictor.maps([image]))[0], ax=row[2], title='heatmaps')
+        show_maps(predictor.maps(image)[0], ax=row[2], title='heatmaps')
     return axes
 
 # %% ../nbs/15_learner.ipynb #e8a0bf70

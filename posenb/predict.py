@@ -332,18 +332,20 @@ def predict_dataset(
     predictor:Predictor,
     dataset,       # `PoseDataset` with train=False; or has len, .image(i), .info(i)['id'] and .category['id']
     progress=True, # show a progress bar
-    bs=None        # images a batch; None: 8 on a GPU, 1 on a CPU, whose cache holds no more
-)->list: # COCO result records of all images, in the order of the dataset
-    "The people in all images of a dataset"
+    bs=None,       # images a batch; None: 8 on a GPU, 1 on a CPU, whose cache holds no more
+    indices=None   # of the images to look at; all if None
+)->list: # COCO result records, in the order of `indices`
+    "The people in the images of a dataset"
+    if indices is None: indices = range(len(dataset))
     if bs is None: bs = 1 if next((p.device.type for p in predictor.model.parameters()), 'cpu') == 'cpu' else 8
     if bs < 1: raise ValueError(f'bs: 1 or more is needed, got {bs}')
-    images,found = _ahead(dataset.image, len(dataset)),{}
+    images,found = _ahead(lambda n: dataset.image(indices[n]), len(indices)),{}
     if progress:
         from fastprogress.fastprogress import progress_bar
-        images = progress_bar(images, total=len(dataset))
+        images = progress_bar(images, total=len(indices))
     for same in _alike(images, lambda image: tuple(predictor.input_sizes(image)), bs):
-        for (i,_),people in zip(same, predictor.batch([image for _,image in same])): found[i] = people
-    return [r for i in range(len(dataset)) for r in to_results(found[i], dataset.info(i)['id'], dataset.category['id'])]
+        for (n,_),people in zip(same, predictor.batch([image for _,image in same])): found[n] = people
+    return [r for n,i in enumerate(indices) for r in to_results(found[n], dataset.info(i)['id'], dataset.category['id'])]
 
 # %% ../nbs/08_predict.ipynb #5d0135b1
 def oracle_results(

@@ -31,7 +31,7 @@ def main():
     parser.add_argument('--size', type=int, default=320, help='side of the input in training; the long side of an image fills it')
     parser.add_argument('--test_size', type=int, default=256, help='short side of an image in the test')
     parser.add_argument('--lr', type=float, default=1e-2)
-    parser.add_argument('--epochs', type=int, default=400)
+    parser.add_argument('--epochs', type=int, default=1200)
     parser.add_argument('--bar', type=float, default=.8, help='AP to be reached')
     args = parser.parse_args()
     set_seed(0)
@@ -40,7 +40,7 @@ def main():
         dls = pose_dls(data, size=args.size, test_size=args.test_size, bs=8, workers=1, convention='unbiased', valid='val2017',
                        scale_range=(.95, 1.15), scale_type='long', max_rotation=0, max_translate=5)
         loss = PoseLoss(dls.skeleton.n, push_weight=3e-2, pull_weight=3e-2, foreground=10)
-        learn = pose_learner(dls, 'tiny', loss_func=loss, opt_func=muon, path=folder, ap_every=50, cbs=training_callbacks(), predictor_args=dict(detection_threshold=.3))
+        learn = pose_learner(dls, 'tiny', loss_func=loss, opt_func=muon, path=folder, ap_every=200, cbs=training_callbacks(), predictor_args=dict(detection_threshold=.3))
         start = time.perf_counter()
         learn.fit_schedule(args.epochs, args.lr, sched='cosine', warmup=10, wd=0)
         minutes = (time.perf_counter() - start)/60
