@@ -28,7 +28,7 @@ from .callbacks import ChannelsLast, CheckFinite, EMA, Precision
 from .checkpoint import Checkpoint, load_matching
 from .distributed import distributed, on_rank0, ranks, setup_rank
 from .evaluate import ap_table, save_results
-from .learner import adam, muon, pose_dls, pose_learner
+from .learner import AP, adam, muon, pose_dls, pose_learner
 from .log import EventLog
 from .loss import PoseLoss
 from .model import archs, backbone_layers, higher_hrnet, load_weights, save_weights
@@ -261,19 +261,20 @@ def fit(
 def finish(
     learn,  # `PoseLearner`, trained
     folder, # of the run
-    **stats # further numbers to keep
-): # dict of the COCO statistics and `stats`
+    coco=None, # COCO statistics, if they have just been taken
+    **more  # further numbers to keep
+): # COCO statistics
     "Weights, evaluation and picture of a trained learner, into the folder of its run; rank 0 writes"
-    stats = {**learn.evaluate(), **stats}
-    if rank_distrib(): return stats
+    coco = coco or learn.evaluate()
+    if rank_distrib(): return coco
     save_weights(learn.model, folder/'weights.safetensors', dict(convention=learn.dls.convention, joints=','.join(learn.dls.skeleton.names)))
-    write_text(folder/'metrics.json', json.dumps(stats, indent=1))
+    write_text(folder/'metrics.json', json.dumps({**coco, **more}, indent=1))
     save_results(learn.results, folder/'results.json')
     import matplotlib.pyplot as plt
     axes = learn.show_results(max_n=6)
     axes[0].figure.savefig(folder/'predictions.png', dpi=80)
     plt.close(axes[0].figure)
-    return stats
+    return coco
 
 # %% ../nbs/16_train.ipynb #62cf375f
 def train(
@@ -298,8 +299,10 @@ def train(
             print(f'{learn.dls.train_ds}\n{learn.dls.test}\n{recipe.arch}: {n:,} parameters, {ranks()[1]} processes, run in {folder}', flush=True)
         start = time.perf_counter()
         stopped = fit(learn, recipe)
-        stats = finish(learn, folder, minutes=(time.perf_counter()-start)/60, stopped=stopped, skipped=len(learn.dls.train_ds.skipped))
-        if not rank_distrib(): print(ap_table(stats), f'weights, metrics and pictures are in {folder}', sep='\n\n')
+        minutes,skipped = (time.perf_counter()-start)/60,len(learn.dls.train_ds.skipped)
+        last = next((m for m in learn.metrics if isinstance(m, AP)), None)
+        coco = finish(learn, folder, None if stopped else getattr(last, 'stats', None), minutes=minutes, stopped=stopped, skipped=skipped)
+        if not rank_distrib(): print(ap_table(coco), f'{minutes:.1f} minutes' + f', {skipped} images could not be read'*(skipped > 0), f'weights, metrics and pictures are in {folder}', sep='\n\n')
     return learn
 
 # %% ../nbs/16_train.ipynb #f3d3f2c7
