@@ -268,10 +268,10 @@ def batch_maps(self:Predictor,
 
 @patch
 def maps(self:Predictor,
-    image # (H, W, 3) uint8 RGB; or a list of them, as `batch_maps`
+    image # (H, W, 3) uint8 RGB
 ): # heat (K, H', W'), tags (K or 1, H', W', T), on the network's device
     "The maps of one image"
-    return self.batch_maps(image) if isinstance(image, list) else next(self.batch_maps([image]))
+    return next(self.batch_maps([image]))
 
 # %% ../nbs/08_predict.ipynb #fd077910
 @patch
