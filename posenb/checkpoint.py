@@ -12,7 +12,7 @@ import numpy as np, torch
 from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -75,7 +75,7 @@ def _checksum(text, tensors):
     crc = zlib.crc32(text.encode())
     for name,t in sorted(tensors.items()):
         crc = zlib.crc32(f'{name} {t.dtype} {tuple(t.shape)}'.encode(), crc)
-        crc = zlib.crc32(t.reshape(-1).view(torch.uint8).numpy(), crc)
+        crc = zlib.crc32(t.as_strided((t.numel(),), (1,)).view(torch.uint8).numpy(), crc)
     return f'{crc:08x}'
 
 # %% ../nbs/13_checkpoint.ipynb #fdbd3b94
@@ -135,7 +135,7 @@ def read_checkpoint(
     if metadata.get('format') != _format:
         other = metadata.get('format', '')
         raise ValueError(f'{path} is {f"a {other!r}, and this version reads {_format!r}" if other.startswith("posenb") else "no checkpoint, though a safetensors file"}')
-    if _checksum(metadata['state'], tensors) != metadata['checksum']:
+    if _checksum(metadata.get('state', ''), tensors) != metadata.get('checksum'):
         raise ValueError(f'{path} is damaged: its contents do not have the checksum they were written with. Remove it to go on from an older one')
     return _decode(json.loads(metadata['state']), tensors)
 
@@ -255,6 +255,7 @@ def _versions():
     import fastai
     return dict(posenb=__version__, torch=torch.__version__, fastai=fastai.__version__, numpy=np.__version__, python=platform.python_version(), cuda=torch.version.cuda)
 
+@cache
 def _git_revision():
     "The commit of the working directory, if it has one"
     try: return subprocess.run(['git', 'rev-parse', 'HEAD'], capture_output=True, text=True, check=True).stdout.strip()
@@ -418,8 +419,8 @@ def before_run(self:Checkpoint):
     self.saved,self.due,self.asked,self.handlers = None,set(),None,{}
     self.stepped = self.pending = self.validating = self.in_epoch = False
     if _is_distributed(): self.group = distributed.new_group(backend='gloo')
-    self.buffers = dict(_bare(self.model).named_buffers())
-    self.kept_buffers = {k: b.clone() for k,b in self.buffers.items()}
+    self.live = dict(_bare(self.model).named_buffers())
+    self.kept = {k: b.clone() for k,b in self.live.items()}
     if self.on_exit: self.listen()
 
 # %% ../nbs/13_checkpoint.ipynb #d75bdc61
@@ -450,7 +451,7 @@ def mark(self:Checkpoint,
     place = dict(epoch=epoch, iter=done, train_iter=learn.train_iter, pct_train=learn.pct_train, n_iter=learn.n_iter if done else 0, n_epoch=learn.n_epoch)
     metrics = [_metric_state(m) for m in learn.metrics] if getattr(vars(learn).get('recorder'), 'train_metrics', False) else None
     self.marked = dict(place=place, mine=dict(start=self.start['random'], now=random_state(), loaders=loaders), recorded=_recorded(learn), metrics=metrics)
-    if self.buffers: torch._foreach_copy_(list(self.kept_buffers.values()), list(self.buffers.values()))
+    if self.live: torch._foreach_copy_(list(self.kept.values()), list(self.live.values()))
     self.stepped = False
 
 # %% ../nbs/13_checkpoint.ipynb #3e917b08
@@ -458,7 +459,7 @@ def mark(self:Checkpoint,
 def state(self:Checkpoint):
     "What a checkpoint holds, but for the random numbers of the processes"
     learn,at = self.learn,self.marked
-    model = {k: self.kept_buffers.get(k, v) for k,v in _bare(learn.model).state_dict().items()}
+    model = {k: self.kept.get(k, v) for k,v in _bare(learn.model).state_dict().items()}
     loss = learn.loss_func.state_dict() if isinstance(learn.loss_func, nn.Module) else None
     scaler = vars(learn).get('scaler')
     return dict(model=model, loss=loss, opt=dict(kind=_opt_kind(learn.opt), values=learn.opt.state_dict()),
@@ -508,6 +509,8 @@ def before_backward(self:Checkpoint): self.pending = True
 @patch
 def before_step(self:Checkpoint): self.stepped = True
 @patch
+def after_cancel_step(self:Checkpoint): self.stepped = True   # of the step there is at least a new scale of the gradients
+@patch
 def after_step(self:Checkpoint): self.stepped,self.pending = True,False
 
 # %% ../nbs/13_checkpoint.ipynb #65048505
@@ -522,24 +525,27 @@ def after_batch(self:Checkpoint):
 
 # %% ../nbs/13_checkpoint.ipynb #55738b82
 @patch
-def after_epoch(self:Checkpoint):
-    self.in_epoch = False
+def after_epoch(self:Checkpoint,
+    done=None # epochs that need not be trained any more; those up to now if None
+):
+    self.in_epoch,done = False,self.epoch+1 if done is None else done
     if self.start is None: return                            # nothing was trained
-    if not self.pending: self.mark(self.epoch+1, 0)
-    if self.epoch+1 == self.n_epoch or self.epochs and (self.epoch+1) % self.epochs == 0: self.due.add('checkpoint')
+    if not self.pending: self.mark(done, 0)
+    if done == self.n_epoch or self.epochs and done % self.epochs == 0: self.due.add('checkpoint')
     self.judge(self.value_now())
     self.write_due()
     if stop := self.agreed(again=False): self.leave(stop)
 
 @patch
 def after_cancel_fit(self:Checkpoint):
-    if self.in_epoch and self.start and len(self.recorder.values) > self.epoch: self.after_epoch()     # stopped by somebody who looked at the epoch's results
+    "Somebody looked at the epoch's results and stopped: going on later would mean to stop again"
+    if self.in_epoch and self.start and len(self.recorder.values) > self.epoch: self.after_epoch(self.n_epoch)
 
 # %% ../nbs/13_checkpoint.ipynb #62d8c6e4
 @patch
 def write_due(self:Checkpoint):
     "Write what is due"
-    due,self.due = sorted(self.due, reverse=True),set()
+    due,self.due = sorted(self.due),set()                     # 'best', then 'checkpoint'
     if due and self.marked: self.save(due)
 
 # %% ../nbs/13_checkpoint.ipynb #07ac7cae
@@ -572,8 +578,8 @@ def load_state_dict(self:Checkpoint, state): self.best = state['best']
 @patch
 def listen(self:Checkpoint):
     "Take over Ctrl-C and SIGTERM"
-    if threading.current_thread() is not threading.main_thread(): return
     self.process = os.getpid()
+    if threading.current_thread() is not threading.main_thread(): return
     for s in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(s) not in (None, signal.SIG_IGN): self.handlers[s] = signal.signal(s, self.ask)
 
@@ -680,33 +686,41 @@ def _suffixes(name):
     return ['.'.join(parts[i:]) for i in range(1, len(parts))]
 
 def _links(names, found):
-    "Pairs (name, name in `found`) of which one ends with the other at a dot, and no longer one would do"
+    "Pairs (name, name in `found`) of which one ends with the other at a dot, without names that both have"
     left,right = set(names)-set(found),set(found)-set(names)
-    links = [(n, f) for n in left for f in _suffixes(n) if f in right] + [(n, f) for f in right for n in _suffixes(f) if n in left]
+    return sorted({(n, f) for n in left for f in _suffixes(n) if f in right} | {(n, f) for f in right for n in _suffixes(f) if n in left})
+
+# %% ../nbs/13_checkpoint.ipynb #0678465f
+def _longest(links):
+    "Pairs for whose names no longer match is there"
     longest = defaultdict(int)
     for n,f in links:
         for side in ((0, n), (1, f)): longest[side] = max(longest[side], min(len(n), len(f)))
-    return sorted((n, f) for n,f in links if min(len(n), len(f)) == longest[0, n] == longest[1, f])
-
-# %% ../nbs/13_checkpoint.ipynb #0678465f
-def _difference(n, f): return (n[:-len(f)], '') if n.endswith(f) else ('', f[:-len(n)])
-
-def _unique(links):
-    count = Counter(side for n,f in links for side in ((0, n), (1, f)))
-    return [(n, f) for n,f in links if count[0, n] == count[1, f] == 1]
+    return [(n, f) for n,f in links if min(len(n), len(f)) == longest[0, n] == longest[1, f]]
 
 # %% ../nbs/13_checkpoint.ipynb #63b7e5cc
+def _prefix(n, f): return (n[:-len(f)], '') if len(n) > len(f) else ('', f[:-len(n)])
+
+def _with_common_prefix(links, n_names):
+    "The pairs that the prefix of most of `n_names` names leaves, if there is one"
+    (prefix,n),(_,second) = [*Counter(_prefix(*l) for l in links).most_common(2), (None, 0), (None, 0)][:2]
+    if 2*n <= n_names or n <= 2*second: return links
+    matched = [l for l in links if _prefix(*l) == prefix]
+    names,found = map(set, zip(*matched))
+    return matched + [(n, f) for n,f in links if n not in names and f not in found and not (prefix[0] and n.startswith(prefix[0]) or prefix[1] and f.startswith(prefix[1]))]
+
+# %% ../nbs/13_checkpoint.ipynb #eda4bcaf
 def match_names(
     names, # of a model's tensors
     found  # names of the tensors at hand
 ): # name -> name in `found`
     "Names that are equal; of the others those where one ends with the other at a dot, the longest first"
-    links = _links(names, found)
-    prefixes = {_difference(n, f) for n,f in _unique(links)}
-    if len(prefixes) == 1: links = _unique(links) + [l for l in links if l not in _unique(links) and _difference(*l) in prefixes]
-    if (unclear := sorted(set(links)-set(_unique(links)))):
-        raise ValueError(f'{len(unclear)} names have more than one match: ' + ', '.join(f'{f} may be {n}' for n,f in unclear[:4]) +
-                         '. Load into the part of the model it is meant for, or rename the weights')
+    n_open = min(len(set(names)-set(found)), len(set(found)-set(names)))
+    links = _longest(_with_common_prefix(_links(names, found), n_open))
+    count = Counter(side for n,f in links for side in ((0, n), (1, f)))
+    unclear = [f'{f} may be {n}' for n,f in links if count[0, n] > 1 or count[1, f] > 1]
+    if unclear: raise ValueError(f'{len(unclear)} names have more than one match: {", ".join(unclear[:4])}. '
+                                 'Load into the part of the model it is meant for, or rename the weights')
     return {**{n: n for n in names if n in found}, **dict(links)}
 
 # %% ../nbs/13_checkpoint.ipynb #f6386523
@@ -722,7 +736,7 @@ def mmpose_name(
 class LoadReport:
     "What became of the tensors of a file"
     matched: dict   # name in the model -> name in the file: copied
-    misshapen: dict # name in the model -> (shape there, shape in the file): not copied
+    misshapen: dict # name in the model -> (shape in the model, shape in the file): not copied
     missing: list   # names in the model that the file has nothing for
     unused: list    # names in the file that the model has no place for
 
@@ -730,7 +744,7 @@ class LoadReport:
 @patch
 def __repr__(self:LoadReport):
     lines = [f'{len(self.matched)} matched']
-    shapes = [f'{n} {there} but {here}' for n,(here,there) in self.misshapen.items()]
+    shapes = [f'{n} {theirs} for {own}' for n,(own,theirs) in self.misshapen.items()]
     for what,names in (('misshapen', shapes), ('missing', self.missing), ('unused', self.unused)):
         lines.append(f'{len(names)} {what}' + (': ' if names else '') + ', '.join(names[:3]) + (', ...' if len(names) > 3 else ''))
     return '\n'.join(lines)
