@@ -7,7 +7,7 @@ __all__ = ['ranks', 'setup_rank', 'rank_part', 'RankDL', 'sum_over_ranks', 'SumM
            'gather_results', 'on_rank0', 'Heartbeat', 'distributed']
 
 # %% ../nbs/14_distributed.ipynb #d40c23bf
-import itertools, multiprocessing, os, sys, threading, time
+import itertools, multiprocessing, os, sys, threading
 import numpy as np, torch, torch.distributed as dist
 from contextlib import contextmanager
 from datetime import timedelta
@@ -35,16 +35,16 @@ def _check_launch(env):
 
 # %% ../nbs/14_distributed.ipynb #f9b9922b
 def _on_cpu():
-    "Whether several processes are to run without GPUs"
-    return os.environ.get('ACCELERATE_USE_CPU', '').lower() in ('1', 'true', 'yes') or not torch.cuda.is_available()
+    "Whether accelerate was told to do without GPUs, or several processes have to"
+    return os.environ.get('ACCELERATE_USE_CPU', '').lower() in ('1', 'true', 'yes') or num_distrib() > 1 and not torch.cuda.is_available()
 
 # %% ../nbs/14_distributed.ipynb #b397e284
 def setup_rank(
 ): # torch device
     "Give this process its device; to be called before loaders and networks are made"
     _check_launch(os.environ)
-    if num_distrib() < 2: return default_device()
     if _on_cpu(): return default_device(False)
+    if num_distrib() < 2: return default_device()
     local,n = int(os.environ['LOCAL_RANK']),torch.cuda.device_count()
     if local >= n: raise RuntimeError(f'process {local+1} of this machine has no GPU: there are {n}; start {n} processes')
     torch.cuda.set_device(local)
@@ -178,8 +178,9 @@ class Heartbeat:
         silence=30., # seconds without a sign of life after which a rank is given up
         grace=15.    # seconds this process then has to end by itself
     ):
-        self.store,self.rank,self.silence,self.grace = store,rank,silence,grace
-        self.names,self.seen,self.done,self.thread = [str(r) for r in range(world_size)],{},threading.Event(),None
+        self.store,self.rank,self.silence,self.grace,self.every = store,rank,silence,grace,min(2., silence/5)
+        self.names,self.counts,self.missed = [str(r) for r in range(world_size)],[0]*world_size,[0]*world_size
+        self.done,self.thread = threading.Event(),None
         if rank == 0: store.set('failed', '')
         store.add(self.names[rank], 1)
 
@@ -191,17 +192,16 @@ def beat(self:Heartbeat
     self.store.add(self.names[self.rank], 1)
     *counts,failed = self.store.multi_get([*self.names, 'failed'])
     if failed: return failed.decode()
-    now = time.monotonic()
-    for rank,count in enumerate(counts):
-        if self.seen.get(rank, (None,))[0] != count: self.seen[rank] = count,now
-        if now - self.seen[rank][1] > self.silence:
-            return f'rank {rank} was not heard of for {self.silence:.0f} seconds: killed, hanging, or its machine is gone'
+    self.missed = [0 if new != old else n+1 for new,old,n in zip(counts, self.counts, self.missed)]
+    self.counts = counts
+    for rank,n in enumerate(self.missed):
+        if n*self.every > self.silence: return f'rank {rank} was not heard of for {self.silence:.0f} seconds: killed, hanging, or its machine is gone'
 
 # %% ../nbs/14_distributed.ipynb #4bd76a8f
 @patch
 def run(self:Heartbeat):
     "Beat until something is wrong or `stop` is called"
-    while not self.done.wait(min(2, self.silence/5)):
+    while not self.done.wait(self.every):
         try: reason = self.beat()
         except RuntimeError: reason = 'the place where all ranks meet is gone: the launcher or rank 0 has ended'
         if reason and not self.done.is_set(): return self.end(reason)
