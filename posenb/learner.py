@@ -50,10 +50,10 @@ class PoseDL(DataLoader):
         self.n_batches += 1
         return self.targets(batch)
 
-    def last_names(self):
-        "Files of the last batch, for messages"
-        order = self._DataLoader__idxs             # fastai's, of this pass
-        return [self.dataset.info(i)['file_name'] for i in order[(self.n_batches-1)*self.bs:self.n_batches*self.bs]]
+    def last_names(self, order=None):
+        "Files of the last batch, for messages; None where another loader deals out the images"
+        if order is None: order = vars(self).get('_DataLoader__idxs')             # fastai's, of this pass
+        return order and [self.dataset.info(i)['file_name'] for i in order[(self.n_batches-1)*self.bs:self.n_batches*self.bs]]
 
 # %% ../nbs/15_learner.ipynb #17685e01
 @delegates(PoseDataset, but=['images', 'annotations', 'train', 'ids'])

@@ -1,5 +1,5 @@
 "The training command as a process: what it leaves, what it says about mistakes, and what a signal does"
-import json, signal, subprocess, sys, time, torch
+import json, os, signal, subprocess, sys, time, torch
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from posenb.train import parser, read_recipe, recipes, save_recipe
@@ -79,3 +79,14 @@ def test_recipes_are_the_same_from_python_a_file_and_the_command_line(tmp_path, 
     spelled = [f'--{k}={",".join(map(repr, v)) if isinstance(v, tuple) else "none" if v is None else v}' for k,v in changes.items()]
     given = {k:v for k,v in vars(parser().parse_args(spelled)).items() if k in changes}
     assert read_recipe(**given) == recipe
+
+@pytest.mark.parametrize('launcher', [['torch.distributed.run', '--nproc-per-node', '2', '--master-port', '0'],
+                                      ['accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '--num_machines', '1', '--main_process_port', '0']])
+def test_two_processes_train_one_network(launcher, synth, tmp_path):
+    "One folder, one line an epoch, every image evaluated once"
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'ACCELERATE_USE_CPU': 'true'}
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-m', *launcher, '-m', 'posenb.train', *map(str, small(synth.resolve())), '--bs', '4', '--epochs', '2'],
+                          cwd=tmp_path, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert '2 processes' in done.stdout and epochs(tmp_path/'run') == ['0', '1'] and [p.name for p in tmp_path.iterdir()] == ['run']
+    assert {'weights.safetensors', 'metrics.json', 'results.json', 'predictions.png'} <= {p.name for p in (tmp_path/'run').iterdir()}
