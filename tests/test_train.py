@@ -80,7 +80,7 @@ def test_recipes_are_the_same_from_python_a_file_and_the_command_line(tmp_path, 
     given = {k:v for k,v in vars(parser().parse_args(spelled)).items() if k in changes}
     assert read_recipe(**given) == recipe
 
-@pytest.mark.parametrize('launcher', [['torch.distributed.run', '--nproc-per-node', '2', '--master-port', '0'],
+@pytest.mark.parametrize('launcher', [['torch.distributed.run', '--standalone', '--nproc-per-node', '2'],
                                       ['accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '--num_machines', '1', '--main_process_port', '0']])
 def test_two_processes_train_one_network(launcher, synth, tmp_path):
     "One folder, one line an epoch, every image evaluated once"
