@@ -39,16 +39,21 @@ def _on_cpu():
     return os.environ.get('ACCELERATE_USE_CPU', '').lower() in ('1', 'true', 'yes') or num_distrib() > 1 and not torch.cuda.is_available()
 
 # %% ../nbs/14_distributed.ipynb #b397e284
-def setup_rank(
-): # torch device
-    "Give this process its device; to be called before loaders and networks are made"
-    _check_launch(os.environ)
-    if _on_cpu(): return default_device(False)
-    if num_distrib() < 2: return default_device()
+def _take_gpu():
     local,n = int(os.environ['LOCAL_RANK']),torch.cuda.device_count()
     if local >= n: raise RuntimeError(f'process {local+1} of this machine has no GPU: there are {n}; start {n} processes')
     torch.cuda.set_device(local)
-    return default_device(True)
+
+# %% ../nbs/14_distributed.ipynb #fb27b5f1
+def setup_rank(
+): # torch device
+    "Give this process its device, and meet the others; to be called before loaders and networks are made"
+    _check_launch(os.environ)
+    if num_distrib() < 2: return default_device(False) if _on_cpu() else default_device()
+    if not _on_cpu(): _take_gpu()
+    from accelerate import PartialState
+    PartialState(cpu=_on_cpu())
+    return default_device(not _on_cpu())
 
 # %% ../nbs/14_distributed.ipynb #9cb94112
 def rank_part(
