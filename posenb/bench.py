@@ -367,7 +367,7 @@ def measure_apart(
 ): # as `measure_row`, and `threads`; `peak`, MB of the process
     "The figure of a row, measured in a fresh process"
     task = json.dumps([name, asdict(case), threads, n, unit, plain])
-    env = {**os.environ, **{f'{library}_NUM_THREADS': str(threads) for library in ('OMP', 'MKL', 'OPENBLAS')}}
+    env = {**os.environ, 'PYTHONPATH':os.pathsep.join(filter(None, sys.path)), **{f'{library}_NUM_THREADS': str(threads) for library in ('OMP', 'MKL', 'OPENBLAS')}}
     done = subprocess.run([sys.executable, '-W', 'ignore', '-m', 'posenb.bench', '--task', task], env=env, capture_output=True, text=True)
     if not done.returncode: return json.loads(done.stdout.splitlines()[-1])
     raise RuntimeError(f'{name}: {(done.stderr.strip() or f"the process ended with {done.returncode}").splitlines()[-1]}')
