@@ -141,7 +141,8 @@ def fails(x): raise ValueError('only rank 0 knows')
 
 def everything(bs):
     setup_rank()
-    out = dict(group=trained(nn.GroupNorm(2, 6), bs), workers=trained(nn.GroupNorm(2, 6), bs, workers=2, epochs=1),
+    met = [ranks()[1], len(set(gather_results({ranks()[0]: on_rank0(os.getpid)}).values()))]        # before there is a learner
+    out = dict(met=met, group=trained(nn.GroupNorm(2, 6), bs), workers=trained(nn.GroupNorm(2, 6), bs, workers=2, epochs=1),
                frozen=trained(nn.BatchNorm2d(6), bs, cbs=[Frozen()]), batch=trained(nn.BatchNorm2d(6), bs, seed=5),
                unused=trained(nn.GroupNorm(2, 6), bs, epochs=1, unused=True, ddp=dict(find_unused_parameters=True)),
                ragged=trained(nn.GroupNorm(2, 6), bs, epochs=1, n=53, drop_last=False),
@@ -228,6 +229,7 @@ def check_everything(one, two, tolerance=1e-5):
     ragged = two['ragged']['images']
     assert [len(i) for i in ragged] == [16, 16, 16, 6] and set(sum(ragged, [])) == set(range(53))
     assert two['shared'] == {str(i): i % 2 for i in range(9)}
+    assert one['met'] == [1, 1] and two['met'] == [2, 1]
     assert two['doubled'] == {'1': 0, '3': 'x', '4': 'x'}
     assert two['error'] == ['only rank 0 knows']*2
 
