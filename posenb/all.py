@@ -26,3 +26,4 @@ from .optimizer import *
 from .learner import *
 from .train import *
 from .show import *
+from .widgets import *

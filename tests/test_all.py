@@ -17,7 +17,7 @@ def test_the_door_leads_to_everything():
     import posenb.all as door
     for m in modules:
         module = importlib.import_module(f'posenb.{m}')
-        if m in ('bench', 'widgets'): continue          # a command, and what needs a browser
+        if m == 'bench': continue          # a command
         for name in module.__all__: assert getattr(door, name) is getattr(module, name), f'{name} of posenb.{m} is not in posenb.all'
 
 def test_the_package_alone_imports_nothing(): assert 'torch' not in python('import sys, posenb; print(*sys.modules)').split()
