@@ -98,6 +98,7 @@ class RankDL(DistributedDL):
     def __len__(self): return len(self.dl)//self.world_size if self.drop_last else -(-len(self.dl)//self.world_size)
     def get_idxs(self): return rank_part(self._broadcast(self.dl.get_idxs(), 0), self.bs, self.rank, self.world_size, self.drop_last, self.pad)
     def wif(self): self.dl.wif()
+    def last_names(self): return self.dl.last_names(vars(self).get('_DataLoader__idxs')) if hasattr(self.dl, 'last_names') else None
     def to_detach(self, b, cpu=True, gather=True): return to_detach(b, cpu, gather=False)
     @property
     def n_inp(self): return self.dl.n_inp

@@ -17,7 +17,7 @@ from fastai.data.load import DataLoader
 from fastai.learner import Learner, Metric
 from fastai.optimizer import OptimWrapper
 from .dataset import PoseDataset, find_coco, pose_collate, worker_init
-from .distributed import gather_results, share
+from .distributed import gather_results, on_rank0, share
 from .evaluate import coco_ap
 from .loss import PoseLoss
 from .model import higher_hrnet
@@ -170,7 +170,7 @@ class PoseLearner(Learner):
         for r in predict_dataset(self.predictor(**kwargs), test, progress=False, indices=share(range(len(test)))): found[r['image_id']].append(r)
         found = gather_results(found)
         self.results = [r for id in ids for r in found[id]]
-        return coco_ap(test.file, self.results, self.dls.skeleton)
+        return on_rank0(coco_ap, test.file, self.results, self.dls.skeleton)
 
 # %% ../nbs/15_learner.ipynb #c33728b9
 @patch

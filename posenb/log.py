@@ -513,14 +513,14 @@ def state_dict(self:EventLog):
     "What a continued run needs to write the same lines"
     self.fetch(); self._share_times()
     tails = {k: [list(h.iterations)[-self.window:], h.last(self.window)] for k,h in self.scalars.items()}
-    return dict(scalars=tails, raw=sorted(self.raw), fresh=list(self.fresh))
+    return dict(now=self.now, scalars=tails, raw=sorted(self.raw), fresh=list(self.fresh))
 
 # %% ../nbs/11_log.ipynb #03755b6c
 @patch
 def load_state_dict(self:EventLog, state):
     "Take over what `state_dict` gave"
     self.reset()
-    self.raw,self.fresh = set(state['raw']),dict.fromkeys(state['fresh'], True)
+    self.now,self.raw,self.fresh = state['now'],set(state['raw']),dict.fromkeys(state['fresh'], True)
     for name,(iterations,values) in state['scalars'].items():
         self.scalars[name] = History(self.keep)
         for i,v in zip(iterations, values): self.scalars[name].append(i, v)

@@ -204,5 +204,5 @@ def __call__(self:PoseTargets,
     self.check(masks, joints)
     heatmaps = [draw_heatmaps(j, r, s, self.convention) for j,r,s in zip(joints, self.sizes, self.sigmas)]
     indices = [joint_indices(j, r, self.tag_per_joint, self.convention) for j,r in zip(joints, self.sizes)]
-    images = normalize(images, self.mean, self.std).contiguous(memory_format=self.format)
+    images = normalize(images.contiguous(memory_format=self.format), self.mean, self.std)     # bytes are moved faster than numbers
     return images, heatmaps, [m.float() for m in masks], indices

@@ -1,6 +1,9 @@
 "Where the fixtures lie: small ones in tests/golden, those made of COCO images beside the repository"
 from pathlib import Path
-import pytest, torch
+import signal, pytest, torch
+
+# a shell that starts a job in the background has it ignore Ctrl-C; tests are about what Ctrl-C does
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
 
 here = Path(__file__).parent
 shared = here.parent.parent/'shared'
