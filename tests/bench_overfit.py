@@ -29,8 +29,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('data', nargs='?', type=Path, default=Path(__file__).parents[2]/'shared'/'coco_tiny', help='folder of COCO data')
     parser.add_argument('--images', type=int, default=16)
-    parser.add_argument('--size', type=int, default=256, help='side of the input in training')
-    parser.add_argument('--test_size', type=int, default=192, help='short side of an image in the test')
+    parser.add_argument('--size', type=int, default=320, help='side of the input in training')
+    parser.add_argument('--test_size', type=int, default=256, help='short side of an image in the test')
     parser.add_argument('--lr', type=float, default=1e-2)
     parser.add_argument('--epochs', type=int, default=30, help='of 50 batches')
     parser.add_argument('--bar', type=float, default=.8, help='AP to be reached')
@@ -43,7 +43,7 @@ def main():
                        scale_range=(.9*scale, 1.1*scale), max_rotation=0, max_translate=30)
         set_order(dls.train, n_iter=50)          # sixteen images are two batches: an epoch has them many times
         loss = PoseLoss(dls.skeleton.n, push_weight=3e-2, pull_weight=3e-2, foreground=10)
-        learn = pose_learner(dls, 'tiny', loss_func=loss, opt_func=muon, path=folder, ap_every=10, cbs=training_callbacks(), predictor_args=dict(detection_threshold=.3))
+        learn = pose_learner(dls, 'tiny', loss_func=loss, opt_func=muon, path=folder, ap_every=7, cbs=training_callbacks(), predictor_args=dict(detection_threshold=.3))
         start = time.perf_counter()
         learn.fit_schedule(args.epochs, args.lr, sched='cosine', warmup=2, wd=0)
         minutes = (time.perf_counter() - start)/60

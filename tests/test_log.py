@@ -277,7 +277,7 @@ def test_tensorboard(learn, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'tensorboard', types.ModuleType('tensorboard'))
     monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', types.SimpleNamespace(SummaryWriter=SummaryWriter))
     log = fresh_log(learn, tmp_path, every=10, writers=[TensorBoard()])
-    log.load_state_dict(dict(scalars={}, raw=[], fresh=[]))
+    log.load_state_dict(dict(now=0, scalars={}, raw=[], fresh=[]))
     drive(log, learn, start=40, n_epoch=1)
     assert calls[0] == ('tensorboard', 40) and calls[-1] == 'close'
     assert ('lr', learn.opt.hypers[0]['lr'], 49) in calls and ('valid_loss', math.sin(50), 49) in calls
