@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from posenb.callbacks import CheckFinite, ChannelsLast, ClipGrad, EMA, Precision, WarnUnused
 from posenb.checkpoint import Checkpoint
 from posenb.learner import adam
-from posenb.log import EventLog, JSONLines, CSVFile
+from posenb.log import CSVFile, EventLog, JSONLines
+from posenb.schedule import Schedule          # and `fit_schedule`
 
 n,bs = 400,8
 torch.set_num_threads(1)
