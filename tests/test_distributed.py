@@ -321,3 +321,17 @@ def test_hanging(job, tmp_path, monkeypatch):
     code,error,took = without_launcher(job, 'freeze', tmp_path, silence=5.)
     print(f'{took:.1f} s')
     assert code == 1 and 5 < took < 30 and 'rank 0 of 2 ends: rank 1 was not heard of for 5 seconds' in error, error
+
+def test_a_rank_names_the_images_of_its_batch(synth, monkeypatch):
+    "What `CheckFinite` says about a batch must be about this rank's images"
+    from posenb.learner import pose_dls
+    monkeypatch.setattr(RankDL, '_broadcast', lambda self, t, rank: t)          # ranks are played one after the other
+    train = pose_dls(synth, size=64, bs=4, workers=0, device='cpu').train
+    named = []
+    for rank in range(2):
+        train.epoch,dl = 0,RankDL(train, rank=rank, world_size=2)
+        for _ in dl:
+            names = dl.last_names()
+            assert len(names) == 4
+            named += names
+    assert len(named) == len(set(named))          # no image on two ranks
