@@ -47,7 +47,7 @@ class Muon(AdamW):
 # %% ../nbs/19_optimizer.ipynb #8af0a3ad
 def _average(p, state, momentum):
     "The gradient of `p`, averaged with those before it, looking one step ahead (Nesterov)"
-    if not state: state.update(step=torch.tensor(0.), average=torch.zeros_like(p))
+    if not state: state.update(step=torch.tensor(0.), average=torch.zeros_like(p))     # AdamW looks for `step` when it is loaded
     state['step'] += 1
     state['average'].lerp_(p.grad, 1-momentum)
     return p.grad.lerp(state['average'], momentum).flatten(1)
