@@ -62,7 +62,7 @@ class Case:
     size:int = 512        # of the network's input, pixels; maps are a quarter and half of it
     batch:int = 8         # images
     people:int = 30       # in each image
-    mode:str = 'float32'  # of the network: float32, channels_last, bf16 (channels_last too), fused (bf16, batch norm folded)
+    mode:str = 'float32'  # of the network: float32, channels_last, bf16 (channels_last too), fused (all in bfloat16, batch norm folded)
     device:str = 'cpu'    # or cuda
     compiled:bool = False # by torch.compile
     module:str = 'posenb' # to import
@@ -180,9 +180,9 @@ def network(c):
     torch.manual_seed(0)
     net = higher_hrnet(c.arch, init='kaiming').to(c.device)
     if c.mode != 'float32': net = net.to(memory_format=torch.channels_last)
-    return fuse_bn(net) if c.mode == 'fused' else net
+    return fuse_bn(net).bfloat16() if c.mode == 'fused' else net
 
-def number_format(c): return torch.autocast(c.device, torch.bfloat16, enabled=c.mode in ('bf16', 'fused'))
+def number_format(c): return torch.autocast(c.device, torch.bfloat16, enabled=c.mode == 'bf16')
 
 # %% ../nbs/23_bench.ipynb #209d157d
 @torch.no_grad()
@@ -191,7 +191,8 @@ def _look(net, x, number_format):
 
 def forward(c):
     "The network in evaluation mode"
-    net,x = network(c).eval(),torch.randn(c.batch, 3, c.size, c.size, device=c.device)
+    net = network(c).eval()
+    x = torch.randn(c.batch, 3, c.size, c.size, device=c.device, dtype=next(net.parameters()).dtype)
     return Work(lambda: _look(net, x, number_format(c)), c.batch)
 
 def backward(c):
@@ -239,7 +240,7 @@ def path(c):
         (width,height),joints = sizes.input_sizes(ds.image(i))[0],ds.joints(i)
         oracle.look(joints[(joints[..., 2] > 0).any(1)], ds.image(i).shape[1::-1])
         answers.append([o.to(c.device) for o in oracle(torch.empty(2, 3, height, width))])
-    predictor = Predictor(_Prompted(network(c), answers), size=c.size, autocast=torch.bfloat16 if c.mode in ('bf16', 'fused') else None)
+    predictor = Predictor(_Prompted(network(c), answers), size=c.size, autocast=torch.bfloat16 if c.mode == 'bf16' else None)
     def some():
         for i in range(n): predictor(ds.path(i))
     return Work(some, n)

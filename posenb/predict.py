@@ -20,7 +20,7 @@ from fastcore.meta import delegates
 from .augment import resize_matrix, test_size, transform_points, warp
 from .dataset import read_image
 from .evaluate import to_results
-from .group import group
+from .group import ResizedTags, group
 from .skeleton import COCO, Skeleton
 from .targets import draw_heatmaps, joint_pixels, normalize
 
@@ -157,10 +157,10 @@ def merge_scales(
     heats, # list of (K, h, w), one per scale
     tags,  # list of (K or 1, h, w), of scale 1
     size   # (H, W) of the result
-): # heat (K, H, W), tags (K or 1, H, W, T)
+): # heat (K, H, W), tags (K or 1, H, W, T) as `ResizedTags`
     "Mean heatmap of all scales, and the tags, at one size"
     heat = sum(resize_maps(h[None], size)[0] for h in heats)/len(heats)
-    return heat,resize_maps(torch.stack(tags), size).permute(1, 2, 3, 0)
+    return heat,ResizedTags(torch.stack(tags, -1), size)
 
 # %% ../nbs/08_predict.ipynb #6c4daa34
 class People:
@@ -233,10 +233,10 @@ def outputs(self:Predictor,
     base=None # the same at scale 1; `size` if None
 ): # for each of the images: list of (1 or 2, C, h, w), of the image, and of its mirror image if `flip`
     "The network's outputs"
-    device = next((p.device for p in self.model.parameters()), torch.device('cpu'))
-    x = torch.stack([network_input(image, size, self.convention, base) for image in images]).to(device)
+    weight = next(self.model.parameters(), torch.empty(0))
+    x = torch.stack([network_input(image, size, self.convention, base) for image in images]).to(weight.device, weight.dtype)
     if self.flip: x = torch.cat([x, x.flip(3)])
-    with evaluating(self.model), torch.autocast(device.type, self.autocast, enabled=self.autocast is not None): out = self.model(x)
+    with evaluating(self.model), torch.autocast(weight.device.type, self.autocast, enabled=self.autocast is not None): out = self.model(x)
     check_outputs(out, self.model)
     return [[o[b::len(images)] for o in out] for b in range(len(images))]
 
@@ -245,7 +245,7 @@ def outputs(self:Predictor,
 def merge(self:Predictor,
     outputs, # for each scale: one image's entry of `outputs`
     size     # (width, height) of the network's input at scale 1
-): # heat (K, H', W'), tags (K or 1, H', W', T), on the network's device
+): # heat (K, H', W'), tags (K or 1, H', W', T) as `ResizedTags`, on the network's device
     "The maps of an image, all scales and mirror images put together"
     K,heats,kept = self.skeleton.n,[],[]
     for s,out in zip(self.scales, outputs):
@@ -259,7 +259,7 @@ def merge(self:Predictor,
 @patch
 def batch_maps(self:Predictor,
     images # list of (H, W, 3) uint8 RGB with the same `input_sizes`
-): # yields for each image: heat (K, H', W'), tags (K or 1, H', W', T), on the network's device
+): # yields for each image: heat (K, H', W'), tags (K or 1, H', W', T) as `ResizedTags`, on the network's device
     "The maps of images that go through the network together"
     base,*sizes = self.input_sizes(images[0])
     if other := [i.shape for i in images if self.input_sizes(i) != [base, *sizes]]:
@@ -270,8 +270,9 @@ def batch_maps(self:Predictor,
 def maps(self:Predictor,
     image # (H, W, 3) uint8 RGB
 ): # heat (K, H', W'), tags (K or 1, H', W', T), on the network's device
-    "The maps of one image"
-    return next(self.batch_maps([image]))
+    "The maps of one image, all of the same size"
+    heat,tags = next(self.batch_maps([image]))
+    return heat,tags.whole()
 
 # %% ../nbs/08_predict.ipynb #fd077910
 @patch

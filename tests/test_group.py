@@ -276,8 +276,10 @@ def test_fast_search_is_the_plain_search(n, n_tags, seed, level):
     heat = (level*rng.integers(-1, 3, n)).astype(np.float32)
     tags,means = (rng.integers(-4, 5, (m, n_tags)).astype(np.float32)/2 for m in (n, 7))
     want = [(heat - np.round(np.linalg.norm(tags - mean, axis=-1))).argmax() for mean in means]
-    np.testing.assert_array_equal(_best_pixels(heat, tags, means), want)
-    np.testing.assert_array_equal(_best_pixels(torch.tensor(heat), torch.tensor(tags), means), want)
+    maps = np.zeros((2, 1, n), np.float32),np.zeros((2, 1, n, n_tags), np.float32)
+    maps[0][1],maps[1][1] = heat,tags
+    np.testing.assert_array_equal(_best_pixels(*maps, 1, means), want)
+    np.testing.assert_array_equal(_best_pixels(*map(torch.tensor, maps), 1, means), want)
 
 def test_search_in_pieces():
     "A map larger than a piece; equal scores in several pieces: the first"
