@@ -750,6 +750,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'posenb.predict.Predictor.merge': ('predict.html#predictor.merge', 'posenb/predict.py'),
                                 'posenb.predict.Predictor.outputs': ('predict.html#predictor.outputs', 'posenb/predict.py'),
                                 'posenb.predict.Predictor.people': ('predict.html#predictor.people', 'posenb/predict.py'),
+                                'posenb.predict.Predictor.sizes_of': ('predict.html#predictor.sizes_of', 'posenb/predict.py'),
                                 'posenb.predict._ahead': ('predict.html#_ahead', 'posenb/predict.py'),
                                 'posenb.predict._alike': ('predict.html#_alike', 'posenb/predict.py'),
                                 'posenb.predict._check_image': ('predict.html#_check_image', 'posenb/predict.py'),

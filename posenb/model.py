@@ -227,7 +227,7 @@ class HigherHRNet(HRNet):
         **kwargs
     ):
         super().__init__(**kwargs)
-        self.cat_output = cat_output
+        self.cat_output,self.heatmap_stages = cat_output,_stage_flags(heatmap_stages, [True]*(n_deconvs+1), 'heatmap_stages')
         maps = _n_maps(n_joints, n_joints if tag_per_joint else 1, n_deconvs+1, heatmap_stages, ae_stages)
         widths = [self.width] + [deconv_width or self.width]*n_deconvs
         self.final_layers = nn.ModuleList(nn.Conv2d(w, m, final_kernel, padding=final_kernel//2) for w,m in zip(widths, maps))

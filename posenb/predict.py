@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from torch import nn
 from torch.nn import functional as F
-from fastcore.basics import patch
+from fastcore.basics import ifnone, patch
 from fastcore.meta import delegates
 from .augment import resize_matrix, test_size, transform_points, warp
 from .dataset import read_image
@@ -115,15 +115,18 @@ def resize_maps(
 def heat_and_tags(
     outputs,  # the network's outputs, a list of (B, C, h, w), the largest one last
     n_joints, # K: the first K maps of an output are heatmaps, the others are tags
-    with_tags=True # False: the tags are not needed
+    with_tags=True, # False: the tags are not needed
+    heatmap_stages=None # which outputs have heatmaps; all if None
 ): # heat (B, K, H, W), list of tags (B, K or 1, H, W), both at the size of the last output
     "Mean heatmap of all outputs, and the tags"
     size,counts = outputs[-1].shape[-2:],[o.shape[1] for o in outputs]
-    if max(counts) == n_joints or not {*counts} <= {n_joints, n_joints + 1, 2*n_joints}:
-        raise ValueError(f'the network returns {counts} maps; for {n_joints} joints each output needs {n_joints} of them, '
+    n_heat = [n_joints*h for h in heatmap_stages or [True]*len(outputs)]
+    n_tags = [c - n for c,n in zip(counts, n_heat)]
+    if not any(n_heat) or not any(n_tags) or not {*n_tags} <= {0, 1, n_joints}:
+        raise ValueError(f'the network returns {counts} maps, {n_heat} of them heatmaps; for {n_joints} joints each of these outputs needs {n_joints}, '
                          f'and one or more also {n_joints} or 1 for the tags: is this the skeleton the network was trained with?')
-    heat = sum(resize_maps(o[:, :n_joints].float(), size) for o in outputs)/len(outputs)
-    return heat,[resize_maps(o[:, n_joints:].float(), size) for o in outputs if with_tags and o.shape[1] > n_joints]
+    heats = [resize_maps(o[:, :n].float(), size) for o,n in zip(outputs, n_heat) if n]
+    return sum(heats)/len(heats),[resize_maps(o[:, n:].float(), size) for o,n,t in zip(outputs, n_heat, n_tags) if with_tags and t]
 
 # %% ../nbs/08_predict.ipynb #876d3391
 def check_outputs(outputs, model):
@@ -186,11 +189,13 @@ class Predictor:
         convention='original', # 'original' or 'unbiased' coordinates: as the network was trained
         project2image=True,    # group at the size of the input; False: at the size of the largest maps
         with_center=False,     # the network has one more joint, the centre, which is left out
+        heatmap_stages=None,   # which of the network's outputs begin with heatmaps; None: its own `heatmap_stages`, or all
         autocast=None,         # number format for the network, such as torch.bfloat16; None: that of its weights
         **kwargs
     ):
         self.model,self.skeleton,self.size,self.flip,self.scales = model,skeleton,size,flip,sorted(scales, reverse=True)
         self.convention,self.project2image,self.with_center,self.autocast,self.group_args = convention,project2image,with_center,autocast,kwargs
+        self.heatmap_stages = ifnone(heatmap_stages, getattr(getattr(model, 'module', model), 'heatmap_stages', None))
         self._check()
 
 # %% ../nbs/08_predict.ipynb #7d4d6a5e
@@ -203,6 +208,8 @@ def _check(self:Predictor):
     if self.convention not in ('original', 'unbiased'): raise ValueError(f"convention: 'original' or 'unbiased' is needed, got {self.convention!r}")
     unknown = self.group_args.keys() - inspect.signature(group).parameters.keys()
     if unknown: raise TypeError(f'Predictor and group have no argument {", ".join(map(repr, sorted(unknown)))}')
+    nobody = np.zeros((self.skeleton.n, 8, 8), np.float32)
+    group(nobody, nobody[..., None], self.skeleton, convention=self.convention, **self.group_args)     # its settings are checked now, not at the first image
 
 # %% ../nbs/08_predict.ipynb #8d2a6e70
 @contextmanager
@@ -217,13 +224,19 @@ def evaluating(model):
 
 # %% ../nbs/08_predict.ipynb #3e50df6d
 @patch
-def input_sizes(self:Predictor,
-    image # (H, W, 3)
+def sizes_of(self:Predictor,
+    size # (width, height) of an image
 ): # (width, height) of the network's input at scale 1, and at each of the scales
     "The sizes at which an image is looked at, multiples of 32"
-    h,w = image.shape[:2]
-    sizes = (test_size(w, h, self.size, s, self.scales[-1]) for s in (1, *self.scales))
+    sizes = (test_size(*size, self.size, s, self.scales[-1]) for s in (1, *self.scales))
     return [tuple(max(32, 32*round(n/32)) for n in size) for size in sizes]
+
+@patch
+def input_sizes(self:Predictor,
+    image # (H, W, 3)
+): # as `sizes_of`
+    "The sizes at which this image is looked at"
+    return self.sizes_of(image.shape[1::-1])
 
 # %% ../nbs/08_predict.ipynb #0aeadf45
 @patch
@@ -249,7 +262,7 @@ def merge(self:Predictor,
     "The maps of an image, all scales and mirror images put together"
     K,heats,kept = self.skeleton.n,[],[]
     for s,out in zip(self.scales, outputs):
-        heat,tags = heat_and_tags(out, K + self.with_center, s == 1 or len(self.scales) == 1)
+        heat,tags = heat_and_tags(out, K + self.with_center, s == 1 or len(self.scales) == 1, self.heatmap_stages)
         heat,tags = merge_mirrored(heat[:, :K], [t[:, :K] for t in tags], self.skeleton.flip_index)
         heats.append(heat)
         kept += tags
@@ -282,8 +295,9 @@ def people(self:Predictor,
 )->People:
     "Group the maps, and take what was found back to the image"
     poses,scores = group(heat, tags, self.skeleton, convention=self.convention, **self.group_args)
-    back = resize_matrix(*size, heat.shape[:0:-1], inverse=True, convention=self.convention)
-    poses = transform_points(poses, back).astype(np.float32)
+    base = self.sizes_of(size)[0]
+    poses = transform_points(poses, stretch_matrix(heat.shape[:0:-1], base, self.convention))
+    poses = transform_points(poses, resize_matrix(*size, base, inverse=True, convention=self.convention)).astype(np.float32)
     return People(poses[..., :3], scores, poses[..., 3:])
 
 # %% ../nbs/08_predict.ipynb #03fd6838

@@ -6,7 +6,7 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from posenb.dataset import PoseDataset, find_coco
 from posenb.evaluate import coco_ap, to_results
-from posenb.model import higher_hrnet
+from posenb.model import fuse_bn, higher_hrnet
 from posenb.predict import Oracle, Predictor, network_input, oracle_results, predict_dataset, unmirror
 from posenb.skeleton import COCO, Skeleton
 
@@ -136,12 +136,12 @@ class Drawn(nn.Module):
         heat = ((x - x.amin((2, 3), keepdim=True))/5).clamp(0, 1)
         return [torch.cat([half(heat, 4), torch.ones_like(half(heat, 4))], 1),half(heat, 2)]
 
-def dotted(places, width, height):
+def dotted(places, width, height, sigma=5.):
     "A black image with a dot of each colour"
     image = np.zeros((height, width, 3), np.float32)
     for c,(x,y) in enumerate(places):
         ys,xs = np.mgrid[:height, :width]
-        image[..., c] = 255*np.exp(-((xs-x)**2 + (ys-y)**2)/(2*5.**2))
+        image[..., c] = 255*np.exp(-((xs-x)**2 + (ys-y)**2)/(2*sigma**2))
     return image.round().astype(np.uint8)
 
 @given(st.integers(60, 150), st.integers(60, 150), st.integers(0, 9999), st.sampled_from(['original', 'unbiased']), st.booleans(), st.booleans())
@@ -290,7 +290,9 @@ def test_unreadable_image_of_a_dataset(tmp_path, synth):
 
 @pytest.mark.parametrize('settings,message', [
     (dict(size=100), 'size: a multiple of 32 is needed, got 100'), (dict(size=0), 'size'), (dict(size=-64), 'size'), (dict(scales=()), 'scales: positive'),
-    (dict(scales=(1, -1)), 'scales: positive'), (dict(scales=(.5, 2)), 'scale 1.* must be among them'), (dict(convention='udp'), "convention: .* got 'udp'")])
+    (dict(scales=(1, -1)), 'scales: positive'), (dict(scales=(.5, 2)), 'scale 1.* must be among them'), (dict(convention='udp'), "convention: .* got 'udp'"),
+    (dict(detection_threshold=-1), 'detection_threshold: 0 or more'), (dict(max_people=0), 'max_people: 1 or more'), (dict(nms_kernel=4), 'nms kernel: an odd'),
+    (dict(solver='lap'), "solver: .* got 'lap'")])
 def test_wrong_settings(settings, message):
     with pytest.raises(ValueError, match=message): Predictor(Drawn(), skeleton(3), **settings)
 
@@ -301,7 +303,7 @@ def test_unknown_setting():
 @pytest.mark.parametrize('flip', [True, False])
 def test_joints_that_do_not_fit(tiny, n, flip):
     "A network of 17 joints, and a skeleton of another number"
-    with pytest.raises(ValueError, match=rf'\[34, 17\] maps; for {n} joints.*skeleton'): Predictor(tiny, skeleton(n), size=64, flip=flip)(black)
+    with pytest.raises(ValueError, match=rf'\[34, 17\] maps.* for {n} joints.*skeleton'): Predictor(tiny, skeleton(n), size=64, flip=flip)(black)
 
 def test_kept_centre(tiny):
     "17 maps are 16 joints and the centre, which is left out"
@@ -330,3 +332,33 @@ def test_any_scale(tiny, scales):
     predictor = Predictor(tiny, size=64, scales=scales)
     assert all(n % 32 == 0 and n for size in predictor.input_sizes(np.zeros((73, 51, 3))) for n in size)
     predictor(np.zeros((73, 51, 3), np.uint8))
+
+@pytest.mark.parametrize('project2image', [True, False])
+@pytest.mark.parametrize('scales', [(1,), (.5, 1, 2), (1.25, 1, .75)])
+@pytest.mark.parametrize('width,height', [(640, 480), (427, 640)])
+def test_places_at_any_scale(width, height, scales, project2image):
+    "Dots are found where they are, whatever sizes were rounded on the way"
+    dots = np.array([[40, 40], [width-40, 60], [width/2, height-40]])
+    image = dotted(dots, width, height, sigma=9)
+    people = Predictor(Drawn(), skeleton(3), size=256, scales=scales, project2image=project2image, convention='unbiased')(image)
+    np.testing.assert_allclose(people.keypoints[people.scores.argmax(), :, :2], dots, atol=1)
+
+@pytest.mark.parametrize('heat,tags', [((True, False), (True, True)), ((False, True), (True, True)), ((False, True), (True, False)), ((True, True), (True, False))])
+def test_heatmaps_of_some_outputs(heat, tags):
+    "The heatmap is the mean of the outputs that have one; nothing else is taken for it"
+    torch.manual_seed(0)
+    model = higher_hrnet('tiny', heatmap_stages=heat, ae_stages=tags)
+    n_heat = [17*h for h in heat]
+    with torch.no_grad():
+        for layer,n in zip(model.final_layers, n_heat): layer.weight.zero_(), layer.bias[:n].fill_(.2), layer.bias[n:].fill_(3)
+    for net,settings in ((model, {}), (nn.Sequential(model), dict(heatmap_stages=heat))):
+        heat_map,tag_map = Predictor(net, size=64, **settings).maps(black)
+        assert torch.allclose(heat_map, torch.tensor(.2)) and torch.allclose(tag_map, torch.tensor(3.)) and tag_map.shape[-1] == 2*sum(tags)
+
+def test_network_in_bfloat16():
+    "A network whose weights are bfloat16 gets its input so, and finds the same"
+    torch.manual_seed(0)
+    model = higher_hrnet('tiny').eval()
+    image = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
+    want,found = (Predictor(net, size=64).maps(image)[0] for net in (model, fuse_bn(model).bfloat16()))
+    assert found.dtype == torch.float32 and (found - want).abs().max() < .05*want.abs().max()
