@@ -481,6 +481,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'posenb.distributed.sum_over_ranks': ('distributed.html#sum_over_ranks', 'posenb/distributed.py')},
             'posenb.evaluate': { 'posenb.evaluate._areas': ('evaluate.html#_areas', 'posenb/evaluate.py'),
                                  'posenb.evaluate._best_of_each': ('evaluate.html#_best_of_each', 'posenb/evaluate.py'),
+                                 'posenb.evaluate._boxes': ('evaluate.html#_boxes', 'posenb/evaluate.py'),
                                  'posenb.evaluate._category': ('evaluate.html#_category', 'posenb/evaluate.py'),
                                  'posenb.evaluate._cell': ('evaluate.html#_cell', 'posenb/evaluate.py'),
                                  'posenb.evaluate._check_images': ('evaluate.html#_check_images', 'posenb/evaluate.py'),

@@ -1,7 +1,9 @@
 "Skeletons of any names, pairs and orders: valid ones are consistent, broken ones are refused with the reason"
 import numpy as np, pytest
-from hypothesis import assume, given, strategies as st
+from hypothesis import assume, given, settings, strategies as st
 from posenb.skeleton import COCO, CROWDPOSE, Skeleton
+
+relaxed = settings(deadline=None)
 
 names = st.lists(st.text(st.characters(codec='utf-8'), min_size=1, max_size=8), min_size=1, max_size=24, unique=True)
 
@@ -17,6 +19,7 @@ def bodies(draw):
     order = draw(st.one_of(st.none(), st.permutations([joint(i) for i in range(n)])))
     return dict(names=called, flip_pairs=pairs, edges=edges, sigmas=sigmas, order=order)
 
+@relaxed
 @given(bodies())
 def test_a_valid_skeleton_is_consistent(body):
     s = Skeleton(**body)
@@ -29,6 +32,7 @@ def test_a_valid_skeleton_is_consistent(body):
     assert s.edges == tuple((index(a), index(b)) for a,b in body['edges'])
     assert s.order.tolist() == ([*range(s.n)] if body['order'] is None else [index(j) for j in body['order']])
 
+@relaxed
 @given(bodies())
 def test_equal_to_its_copy_and_to_what_it_prints(body):
     s = Skeleton(**body)
@@ -36,6 +40,7 @@ def test_equal_to_its_copy_and_to_what_it_prints(body):
         assert copy == s and hash(copy) == hash(s)
     assert Skeleton(s.names, s.flip_pairs, s.edges, s.sigmas*2, s.order) != s
 
+@relaxed
 @given(bodies(), st.data())
 def test_a_broken_one_is_refused_with_the_reason(body, data):
     n,draw = len(body['names']),lambda *choices: data.draw(st.sampled_from(choices))
@@ -62,6 +67,7 @@ parts = st.lists(st.sampled_from('shoulder elbow wrist hip knee ankle ear eye pa
 spellings = [('left_{}', 'right_{}'), ('{}_right', '{}_left'), ('l_{}', 'r_{}'), ('{}_L', '{}_R'), ('l{}', 'r{}'), ('{}L', '{}R'), ('{}-l', '{}-r'), ('R-{}', 'L-{}'),
              ('L.{}', 'R.{}'), ('Left {}', 'Right {}'), ('front_l_{}', 'front_r_{}')]
 
+@relaxed
 @given(parts, st.sampled_from(spellings), st.data())
 def test_mirror_pairs_in_any_spelling_and_order(parts, spelling, data):
     "Each part is its partner's mirror image; what has no partner is its own"
@@ -70,6 +76,7 @@ def test_mirror_pairs_in_any_spelling_and_order(parts, spelling, data):
     s = Skeleton.from_coco(dict(keypoints=called))
     assert {frozenset(s.names[j] for j in p) for p in s.flip_pairs} == {*map(frozenset, pairs)}
 
+@relaxed
 @given(names, st.data())
 def test_any_category_has_a_skeleton(names, data):
     n = len(names)
