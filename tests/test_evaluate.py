@@ -5,7 +5,7 @@ from hypothesis import example, given, settings, strategies as st
 from types import SimpleNamespace
 from posenb.skeleton import Skeleton, COCO, CROWDPOSE
 from posenb.evaluate import (ap_by_joint, ap_by_size, ap_table, coco_ap, crowdpose_ap, error_costs, error_shares, found_arrays, joint_errors,
-                             save_results, to_results, truth_arrays)
+                             pose_ap, save_results, to_results, truth_arrays)
 
 names = {'AP': 'AP', 'Ap .5': 'AP50', 'AP .75': 'AP75', 'AP (M)': 'APm', 'AP (L)': 'APl',
          'AR': 'AR', 'AR .5': 'AR50', 'AR .75': 'AR75', 'AR (M)': 'ARm', 'AR (L)': 'ARl'}
@@ -156,8 +156,45 @@ def test_bad_input(tmp_path):
     with pytest.raises(ValueError, match='one category with 14 keypoints'): coco_ap(annotations, one, CROWDPOSE)
     with pytest.raises(ValueError, match="no 'crowdIndex' in record 0"):
         crowdpose_ap({**annotations, 'annotations': [], 'categories': [dict(id=1, keypoints=CROWDPOSE.names)]}, [])
-    without = {**annotations, 'annotations': [{k: v for k,v in a.items() if k != 'area'} for a in annotations['annotations']]}
-    with pytest.raises(ValueError, match="annotations: no 'area' in record 0"): coco_ap(without, one)
+    with pytest.raises(ValueError, match='a COCO dictionary'): pose_ap([], one)
+
+def without_areas(annotations, which=lambda a: True):
+    return {**annotations, 'annotations': [{k: v for k,v in a.items() if k != 'area' or not which(a)} for a in annotations['annotations']]}
+
+def test_people_without_area():
+    "They have .53 of their box, by every function; some people with and some without area are an error"
+    annotations,results = random_case(5, 17, 6, tidy=True)
+    bare = without_areas(annotations)
+    boxed = {**annotations, 'annotations': [dict(a, area=.53*a['bbox'][2]*a['bbox'][3]) for a in annotations['annotations']]}
+    for f in (pose_ap, coco_ap, ap_by_size, ap_by_joint, error_costs, error_shares): assert f(bare, results) == f(boxed, results), f
+    assert coco_ap(bare, results, fast=False) == pytest.approx(coco_ap(boxed, results), abs=1e-9)
+    some = without_areas(annotations, lambda a: a['id'] == 3)
+    with pytest.raises(ValueError, match=f"1 of {len(some['annotations'])} people have no 'area', for instance annotation 3"): pose_ap(some, results)
+
+def test_pose_ap_follows_the_dataset(golden):
+    gold,truth = json.loads(golden('crowdpose_eval.json').read_text()),golden('crowdpose_eval_gt.json')
+    results = [r for p,s,i in zip(gold['preds'], gold['scores'], gold['ids']) for r in to_results(people(p, s), i)]
+    assert pose_ap(truth, results, CROWDPOSE) == crowdpose_ap(truth, results)
+    crowd = json.loads(truth.read_text())
+    assert pose_ap(without_areas(crowd), results, CROWDPOSE)['AP'] == crowdpose_ap(crowd, results)['AP']
+    ids = [i['id'] for i in crowd['images'][::2]]
+    half = {**crowd, 'images': crowd['images'][::2], 'annotations': [a for a in crowd['annotations'] if a['image_id'] in ids]}
+    assert pose_ap(truth, results, CROWDPOSE, ids) == crowdpose_ap(half, [r for r in results if r['image_id'] in ids])
+    annotations,results = random_case(6, 17, 5)
+    assert pose_ap(annotations, results) == coco_ap(annotations, results)
+
+def test_two_categories_with_as_many_joints():
+    "One is chosen by name or id"
+    annotations,results = random_case(7, 4, 5, tidy=True)
+    sk,alone = skeleton(4),coco_ap(annotations, results, skeleton(4))
+    two = {**annotations, 'categories': [*annotations['categories'], dict(id=2, name='mouse', keypoints=list('abcd'))],
+           'annotations': [*annotations['annotations'], *[dict(a, category_id=2, id=a['id']+1000) for a in annotations['annotations'][:1]]]}
+    with pytest.raises(ValueError, match='4 .person., 4 .mouse.; where several fit, choose with category='): pose_ap(two, results, sk)
+    for category in (1, 'person'): assert pose_ap(two, results, sk, category=category) == alone
+    mouse = [dict(r, category_id=2) for r in results]
+    assert pose_ap(two, mouse, sk, category='mouse') == pose_ap(two, mouse, sk, category=2) != alone
+    assert error_costs(two, results, sk, category=1)['AP'] == ap_by_size(two, results, sk, category=1, sides=(0,))['over 0']['AP'] == alone['AP']
+    with pytest.raises(ValueError, match="one category called 'rat' with 4 keypoints"): pose_ap(two, results, sk, category='rat')
 
 def test_input_is_not_changed():
     annotations,results = random_case(3, 17, 4)
