@@ -1,23 +1,12 @@
 "The learner: other skeletons and datasets, what its pictures show, when AP is taken, and processes without a share"
 import json, os, shutil, subprocess, sys
-import cv2, numpy as np, pytest, torch
-from fastai.torch_core import set_seed
+import numpy as np, pytest, torch
 from posenb.learner import AP, pose_dls, pose_learner
 from posenb.synthetic import synth_people
 
 torch.set_num_threads(1)
 
 def small(path, **kwargs): return pose_dls(path, **{**dict(size=64, bs=4, workers=0), **kwargs})
-
-@pytest.fixture
-def crowdpose(golden, tmp_path):
-    "A folder of blank images with CrowdPose's annotations, which have no area"
-    data = json.loads(golden('crowdpose_eval_gt.json').read_text())
-    assert 'area' not in data['annotations'][0] and 'crowdIndex' in data['images'][0]
-    for folder in ('json', 'images'): (tmp_path/folder).mkdir()
-    for split in ('trainval', 'test'): (tmp_path/f'json/crowdpose_{split}.json').write_text(json.dumps(data))
-    for i in data['images']: cv2.imwrite(str(tmp_path/'images'/i['file_name']), np.zeros((i['height'], i['width'], 3), np.uint8))
-    return tmp_path
 
 def test_crowdpose_is_evaluated_by_its_own_rule(crowdpose):
     learn = pose_learner(small(crowdpose, bs=2, train='trainval', valid='test'), 'tiny')

@@ -67,6 +67,12 @@ def test_weights_are_kept_even_if_they_cannot_be_evaluated(synth, tmp_path, monk
     with pytest.raises(ValueError): finish(learn, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ['weights.safetensors']
 
+@pytest.mark.parametrize('name', [n for n in recipes if n.startswith('crowdpose')])
+def test_crowdpose_recipes_come_to_their_end(name, crowdpose, tmp_path):
+    changes = dict(arch='tiny', size=64, test_size=64, bs=2, workers=0, epochs=1, precision='float32', sync_bn=False, pretrained=None)
+    train(name, data=crowdpose, out=tmp_path/'run', **changes)
+    assert 'AP hard' in json.loads((tmp_path/'run'/'metrics.json').read_text())
+
 # ---------------------------------------------------------------- settings
 
 def test_every_setting_has_a_line_of_help_and_is_read():
