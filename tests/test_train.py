@@ -223,3 +223,21 @@ def test_two_processes_train_one_network(launcher, synth, tmp_path):
                           timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count('weights.safetensors') == 1 and done.stdout.count('AP50') == 1
+
+DIES = '''
+import os, sys
+from fastai.callback.core import Callback
+from posenb.train import train
+class Dies(Callback):
+    def before_epoch(self):
+        if self.epoch == 2 and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and os.environ['RANK'] == '1': os._exit(1)
+train(data=sys.argv[1], size=64, test_size=64, bs=4, workers=0, ap_every=0, scales=1., epochs=3, out='run', cbs=Dies())
+'''
+
+def test_a_launcher_that_starts_again_goes_on(synth, tmp_path):
+    (tmp_path/'dies.py').write_text(DIES)
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '--max-restarts', '1', 'dies.py', synth.resolve()],
+                          cwd=tmp_path, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, 'OMP_NUM_THREADS': '1', 'ACCELERATE_USE_CPU': 'true', 'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '1'})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count('goes on from') == 1 and epochs(tmp_path/'run') == ['0', '1', '2'] and sorted(p.name for p in tmp_path.iterdir()) == ['dies.py', 'run']
