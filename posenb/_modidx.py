@@ -904,6 +904,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'posenb.train._number': ('train.html#_number', 'posenb/train.py'),
                               'posenb.train._one_of': ('train.html#_one_of', 'posenb/train.py'),
                               'posenb.train._unknown': ('train.html#_unknown', 'posenb/train.py'),
+                              'posenb.train._why_unreadable': ('train.html#_why_unreadable', 'posenb/train.py'),
                               'posenb.train.change': ('train.html#change', 'posenb/train.py'),
                               'posenb.train.check_images': ('train.html#check_images', 'posenb/train.py'),
                               'posenb.train.computes_bf16': ('train.html#computes_bf16', 'posenb/train.py'),

@@ -29,8 +29,8 @@ from fastai.callback.core import Callback
 from fastai.torch_core import rank_distrib, set_seed
 from .callbacks import Accumulate, ChannelsLast, CheckFinite, ClipGrad, EMA, FreezeBN, Precision
 from .checkpoint import Checkpoint, list_checkpoints, load_matching
-from .dataset import ImageFileError, unreadable_files
-from .distributed import distributed, on_rank0, ranks, setup_rank
+from .dataset import ImageFileError
+from .distributed import distributed, gather_results, on_rank0, ranks, setup_rank, share
 from .evaluate import ap_table, save_results
 from .learner import AP, adam, muon, pose_dls, pose_learner
 from .log import DeviceSmoothLoss, EventLog, write_text
@@ -324,13 +324,16 @@ def finish(
     return coco
 
 # %% ../nbs/16_train.ipynb #62cf375f
+def _why_unreadable(ds, i):
+    try: ds.image(i, reduce=8)
+    except ImageFileError as e: return str(e)
+
 def check_images(
-    ds # `PoseDataset`
+    ds # `PoseDataset`, the same in all processes, which share the images
 ):
     "ImageFileError if one of the images cannot be read"
-    if bad := unreadable_files(ds):
-        raise ImageFileError(f'{ds.folder}: {len(bad)} of {len(ds)} images to be tested cannot be used, the first is {bad[0].file} ({bad[0].detail}); '
-                             f'mend them, or take them out of {ds.file.name}')
+    bad = [why for why in gather_results({i: _why_unreadable(ds, i) for i in share(range(len(ds)))}).values() if why]
+    if bad: raise ImageFileError(f'{len(bad)} of {len(ds)} images to be tested cannot be used: {bad[0]}. Mend them, or take them out of {ds.file.name}')
 
 # %% ../nbs/16_train.ipynb #31777632
 def _hold(stack, folder): stack.enter_context(locked(folder))
@@ -349,7 +352,7 @@ def train(
     folder = Path(resume) if resume else on_rank0(run_folder, recipe)
     begun = on_rank0(list_checkpoints, folder/'checkpoints')
     learn = recipe_learner(change(recipe, pretrained=None) if begun else recipe, path=folder)
-    on_rank0(check_images, learn.dls.test)
+    check_images(learn.dls.test)
     learn.add_cbs([*L(cbs), EventLog(folder), Checkpoint(folder/'checkpoints', epochs=recipe.checkpoint_every or None, monitor='AP', resume=True, config=dataclasses.asdict(recipe))])
     with ExitStack() as stack:
         on_rank0(_hold, stack, folder)
