@@ -899,7 +899,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'posenb.train._cause': ('train.html#_cause', 'posenb/train.py'),
                               'posenb.train._check_range': ('train.html#_check_range', 'posenb/train.py'),
                               'posenb.train._check_together': ('train.html#_check_together', 'posenb/train.py'),
-                              'posenb.train._hold': ('train.html#_hold', 'posenb/train.py'),
                               'posenb.train._is_free': ('train.html#_is_free', 'posenb/train.py'),
                               'posenb.train._number': ('train.html#_number', 'posenb/train.py'),
                               'posenb.train._one_of': ('train.html#_one_of', 'posenb/train.py'),

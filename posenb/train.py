@@ -275,8 +275,7 @@ def recipe_learner(
     loss = PoseLoss(dls.skeleton.n, push_weight=r.ae_weight, pull_weight=r.ae_weight, foreground=r.foreground)
     learn = pose_learner(dls, model=model, loss_func=loss, opt_func=opt_func, ap_every=r.ap_every, path=path, cbs=[*callbacks, CheckFinite()],
                          predictor_args=dict(scales=r.scales, detection_threshold=r.detection_threshold), **kwargs)
-    learn.recorder.smooth_loss = DeviceSmoothLoss()     # fastai's makes the GPU wait at each iteration
-    learn.predictor()                                   # looks at its settings
+    learn.predictor()     # looks at its settings
     return learn
 
 # %% ../nbs/16_train.ipynb #76db0c1c
@@ -336,8 +335,6 @@ def check_images(
     if bad: raise ImageFileError(f'{len(bad)} of {len(ds)} images to be tested cannot be used: {bad[0]}. Mend them, or take them out of {ds.file.name}')
 
 # %% ../nbs/16_train.ipynb #31777632
-def _hold(stack, folder): stack.enter_context(locked(folder))
-
 def train(
     recipe='people', # a recipe's name, a YAML file, or a `Recipe`
     resume=None,     # folder of a run that was stopped: go on with it, with its own recipe
@@ -353,9 +350,10 @@ def train(
     begun = on_rank0(list_checkpoints, folder/'checkpoints')
     learn = recipe_learner(change(recipe, pretrained=None) if begun else recipe, path=folder)
     check_images(learn.dls.test)
+    learn.recorder.smooth_loss = DeviceSmoothLoss()     # fastai's makes the GPU wait at each iteration
     learn.add_cbs([*L(cbs), EventLog(folder), Checkpoint(folder/'checkpoints', epochs=recipe.checkpoint_every or None, monitor='AP', resume=True, config=dataclasses.asdict(recipe))])
     with ExitStack() as stack:
-        on_rank0(_hold, stack, folder)
+        on_rank0(stack.enter_context, locked(folder))
         stack.enter_context(distributed(learn, sync_bn=recipe.sync_bn))
         if not rank_distrib():
             learn.add_cb(HistoryFile(folder/'history.csv'))

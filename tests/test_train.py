@@ -89,7 +89,6 @@ def test_settings_of_the_engine_reach_it(synth):
     assert callback(learn, Accumulate).n_batches == 3 and callback(learn, ClipGrad).norm == .5 and callback(learn, FreezeBN)
     for ds in (learn.dls.train_ds, learn.dls.valid_ds, learn.dls.test): assert not ds.exif
     for ds in (plain.dls.train_ds, plain.dls.valid_ds, plain.dls.test): assert ds.exif
-    assert isinstance(plain.recorder.smooth_loss, DeviceSmoothLoss)
 
 def test_settings_of_the_engine_have_an_effect(synth):
     def trained(**settings):
@@ -161,7 +160,8 @@ def test_which_folders_are_entered_again(synth, tmp_path, capsys):
         with pytest.raises(FileNotFoundError): train(epochs=1, **settings)        # a third folder, which needs the weights
         with pytest.raises(BlockingIOError, match='another process'): train(resume=tmp_path/'run')
         other.kill()
-    train(epochs=1, **settings)
+    learn = train(epochs=1, **settings)
+    assert isinstance(learn.recorder.smooth_loss, DeviceSmoothLoss) and len(learn.recorder.losses) == 1
     assert 'goes on from checkpoint_0000001' in capsys.readouterr().out and (tmp_path/'run'/'metrics.json').exists() and not (tmp_path/'run-3').exists()
 
 def test_what_is_evaluated(synth, tmp_path, capsys):
