@@ -13,7 +13,7 @@ BIN     = $(VENV)/bin
 # installed once, and again only when what is to be installed has changed
 $(VENV)/.installed: setup.py settings.ini pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo 'posenb needs Python 3.10 or newer; choose one with: PYTHON=python3.12 make ...' >&2; exit 1; }
-	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV) || { echo 'no virtual environment could be made: install the venv module of $(PYTHON) (on Debian and Ubuntu: apt install python3-venv)' >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV) || { echo 'no virtual environment could be made: install the venv module of $(PYTHON) (on Debian and Ubuntu: apt install python3-venv)' >&2; exit 1; }
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'
 	@touch $@
 

@@ -54,8 +54,8 @@ def _read(what, x):
 # %% ../nbs/09_evaluate.ipynb #76649c1e
 def _category(annotations, skeleton, category=None):
     "Id of the `category` (name or id) with the skeleton's joints; if None the only one with so many, or 'person' where its joints are not listed"
-    if not isinstance(annotations, dict) or not {'images', 'annotations', 'categories'} <= annotations.keys():
-        raise ValueError("annotations: a COCO dictionary with 'images', 'annotations' and 'categories' is needed")
+    if not isinstance(annotations, dict) or not all(isinstance(annotations.get(k), list) for k in ('images', 'annotations', 'categories')):
+        raise ValueError("annotations: a COCO dictionary with lists of 'images', 'annotations' and 'categories' is needed")
     categories = annotations['categories']
     asked = [c for c in categories if category is None or category in (c['id'], c.get('name'))]
     fit = [c['id'] for c in asked if len(c.get('keypoints', ())) == skeleton.n]
@@ -83,6 +83,13 @@ def _joints(rows, n, what):
         raise ValueError(f'{what}: keypoints of record {np.argmin(np.isfinite(joints).all((1, 2)))} are not finite numbers')
     return joints
 
+# %% ../nbs/09_evaluate.ipynb #11d6c19a
+def _boxes(people):
+    "Their boxes (N, 4)"
+    without = [a.get('id') for a in people if len(a.get('bbox') or ()) != 4]
+    if without: raise ValueError(f"annotations: {len(without)} people have no 'bbox' (x, y, width, height), for instance annotation {without[0]}")
+    return np.array([a['bbox'] for a in people], float).reshape(-1, 4)
+
 # %% ../nbs/09_evaluate.ipynb #6d9f2026
 BOX_SHARE = .53
 
@@ -108,12 +115,13 @@ def truth_arrays(
     if not wanted: raise ValueError('annotations: there is no image to evaluate')
     if not wanted <= known: raise ValueError(f'image_ids: {sorted(wanted - known)[:5]} are not in the annotations')
     images = np.array(sorted(wanted))
-    people = [a for a in annotations['annotations'] if a.get('category_id') == category and a['image_id'] in wanted]
+    of = _column(annotations['annotations'], 'image_id', 'annotations')
+    people = [a for a,image_id in zip(annotations['annotations'], of) if a.get('category_id') == category and image_id in wanted]
     image = np.searchsorted(images, [a['image_id'] for a in people])
     order = np.argsort(image, kind='stable')
     people = [people[i] for i in order]
     joints = _joints([a.get('keypoints') or [0]*3*skeleton.n for a in people], skeleton.n, 'annotations')
-    box = np.array(_column(people, 'bbox', 'annotations'), float).reshape(-1, 4)
+    box = _boxes(people)
     share = area_of_box or _share_of_box(people)
     area = box[:, 2]*box[:, 3]*share if share else np.array([a['area'] for a in people], float)
     crowd = np.array([a.get('iscrowd', 0) for a in people], bool)

@@ -6,6 +6,7 @@
 __all__ = ['COCO', 'CROWDPOSE', 'Skeleton']
 
 # %% ../nbs/00_skeleton.ipynb #c6f9b3db
+import re
 import numpy as np
 from fastcore.basics import patch
 
@@ -97,18 +98,22 @@ CROWDPOSE = Skeleton(_crowdpose_names, _mirrored(_crowdpose_names),
     order=[0, 1, 2, 3, 4, 5, 6, 11, 12, 7, 8, 9, 10, 13])   # COCO's order read as joint numbers: what the published weights are evaluated with
 
 # %% ../nbs/00_skeleton.ipynb #b67a39ed
-def _mirror_name(name):
-    "`name` with left and right exchanged, in the spellings in use: left_hip, LeftHip, l_hip, hip_l"
-    swaps = [('left', 'right'), ('Left', 'Right'), ('LEFT', 'RIGHT')]
-    for a,b in swaps:
-        if a in name: return name.replace(a, b, 1)
-        if b in name: return name.replace(b, a, 1)
-    for a,b in ('lr', 'LR', 'rl', 'RL'):
-        if name.startswith(a+'_'): return b+name[1:]
-        if name.endswith('_'+a): return name[:-1]+b
-    return name
+_other_side = {a: b for pair in (('left', 'right'), ('Left', 'Right'), ('LEFT', 'RIGHT'), ('l', 'r'), ('L', 'R')) for a,b in (pair, pair[::-1])}
+_side_spellings = ('left|right|Left|Right|LEFT|RIGHT',                               # left_hip, LeftHip, hip left
+                   '(?<![a-zA-Z])[lr](?![a-zA-Z])|(?<![A-Z])[LR](?![a-z])',          # l_hip, hip-l, LHip, hipL
+                   '^[lrLR]|[lrLR]$')                                                # lhip, LHIP
+
+def _mirror_names(name):
+    "`name` with left and right exchanged, in each spelling it may have"
+    return [name[:m.start()] + _other_side[m[0]] + name[m.end():] for spelling in _side_spellings for m in re.finditer(spelling, name)]
 
 # %% ../nbs/00_skeleton.ipynb #61473289
+def _mirror_pairs(names):
+    "Index pairs of the names that are each other's mirror image"
+    mirror = {n: next((m for m in _mirror_names(n) if m in names), n) for n in names}
+    return [(names.index(a), names.index(b)) for a,b in mirror.items() if mirror[b] == a and names.index(a) < names.index(b)]
+
+# %% ../nbs/00_skeleton.ipynb #e3d8f256
 @patch(cls_method=True)
 def from_coco(cls:Skeleton,
     category:dict,    # an entry of a COCO file's `categories`: 'keypoints' (names), 'skeleton' (pairs numbered from 1)
@@ -120,8 +125,7 @@ def from_coco(cls:Skeleton,
     if not names: raise ValueError(f"category {category.get('name', '?')!r} has no 'keypoints', the list of joint names")
     for known in (COCO, CROWDPOSE):
         if sigmas is None and tuple(names) == known.names: return known
-    pairs = {tuple(sorted((n, _mirror_name(n)), key=names.index)) for n in names if _mirror_name(n) != n and _mirror_name(n) in names}
     known = {**dict(zip(CROWDPOSE.names, CROWDPOSE.sigmas)), **dict(zip(COCO.names, COCO.sigmas))}
-    edges = [(a-1, b-1) for a,b in category.get('skeleton', [])]
-    return cls(names, sorted(pairs, key=lambda p: names.index(p[0])), edges,
+    edges = [(a-1, b-1) for a,b in category.get('skeleton') or []]
+    return cls(names, _mirror_pairs(names), edges,
                [known.get(n, default_sigma) for n in names] if sigmas is None else sigmas)

@@ -320,3 +320,117 @@ def test_errors_name_what_is_there(synth, tmp_path):
     with pytest.raises(ValueError, match='convention'): PoseDataset(folder, file, convention='best')
     (tmp_path/'bad.json').write_bytes(b'\xff\xfe\x00')
     with pytest.raises(ValueError, match='bad.json is not JSON'): PoseDataset(folder, tmp_path/'bad.json')
+
+def without(record, field): del record[field]
+
+malformed = [
+    (lambda d: d.update(images=None), "'images' must be a list of records; it is None"),
+    (lambda d: d.update(annotations=None), "'annotations' must be a list of records; it is None"),
+    (lambda d: d.update(categories=None), "'categories' must be a list of records; it is None"),
+    (lambda d: without(d['images'][2], 'id'), r"images\[2\] \(id None\): 'id' must be a number or a text; it is missing"),
+    (lambda d: without(d['images'][2], 'file_name'), r"images\[2\] \(id 3\): 'file_name' must be the name of a file; it is missing"),
+    (lambda d: d['images'][2].update(width=0), r"images\[2\] \(id 3\): 'width' must be a number of pixels; it is 0"),
+    (lambda d: d['images'].append('x.jpg'), r"images\[16\] must be a record {...}; it is 'x.jpg'"),
+    (lambda d: without(d['categories'][0], 'id'), r"categories\[0\] \(id None\): 'id' must be"),
+    (lambda d: d['categories'][0].update(keypoints='nose'), r"categories\[0\] \(id 1\): 'keypoints' must be a list of the names"),
+    (lambda d: d['categories'][0].update(skeleton=[1, 2]), r"categories\[0\] \(id 1\): 'skeleton' must be a list of pairs"),
+    (lambda d: without(d['annotations'][1], 'image_id'), r"annotations\[1\] \(id 2\): 'image_id' must be the id of an image; it is missing"),
+    (lambda d: without(d['annotations'][1], 'category_id'), r"annotations\[1\] \(id 2\): 'category_id' must be the id of a category; it is missing"),
+    (lambda d: d['annotations'][1]['keypoints'].__setitem__(3, 'far left'), r"annotations\[1\] \(id 2\): 'keypoints' must be a list of numbers"),
+    (lambda d: d['annotations'][1].update(bbox=[1, 2, 3]), r"annotations\[1\] \(id 2\): 'bbox' must be four numbers.*; it is \[1, 2, 3\]"),
+    (lambda d: d['annotations'][1].update(segmentation=[1, 2, 3, 4, 5, 6]), r"annotations\[1\] \(id 2\): 'segmentation' must be a list of polygons"),
+    (lambda d: d['annotations'][1].update(segmentation=dict(size=[256, 256])), r"annotations\[1\] \(id 2\): 'segmentation' must be"),
+    (lambda d: d['annotations'][1].update(num_keypoints='all'), r"annotations\[1\] \(id 2\): 'num_keypoints' must be a number; it is 'all'")]
+
+@pytest.mark.parametrize('change,message', malformed)
+def test_malformed_records_are_named(changed, data, change, message):
+    change(data)
+    with pytest.raises(ValueError, match=r'a\.json: ' + message): changed()
+
+junk = st.sampled_from([None, 0, -1, 1, 2.5, '', 'x', [], [1, 2, 3], [1, 2, 3, 4], [[1, 2]], [[1, 2, 3, 4, 5, 6]], ['a'], {}, True, 10**4, float('nan'),
+                        dict(size=[256, 256], counts=[65536]), dict(size=[9, 9], counts=[81]), dict(size=[256, 256], counts=[3])])
+
+@settings(deadline=None, max_examples=200)
+@given(st.data())
+def test_a_file_is_either_read_or_refused_with_its_name(synth, tmp_path_factory, any_):
+    "Any field of any record replaced by anything, or left out"
+    data = json.loads(find_coco(synth)[1].read_text())
+    records = data[any_.draw(st.sampled_from(['images', 'annotations', 'categories']))]
+    record = records[any_.draw(st.integers(0, len(records)-1))]
+    field = any_.draw(st.sampled_from(sorted(record)))
+    if any_.draw(st.booleans()): record[field] = any_.draw(junk)
+    else: del record[field]
+    file = tmp_path_factory.mktemp('any')/'a.json'
+    file.write_text(json.dumps(data))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            ds = PoseDataset(find_coco(synth)[0], file, skeleton=any_.draw(st.sampled_from([COCO, None])))
+            ds.check(files=False)
+            for i in range(len(ds)): ds.mask(i)
+    except ValueError as e: assert 'a.json' in str(e)
+
+def test_run_lengths_of_another_size(changed, data):
+    crowd = dict(data['annotations'][1], iscrowd=1, num_keypoints=0, segmentation=dict(size=[128, 256], counts=[128*256]))
+    data['annotations'][1] = crowd
+    with pytest.raises(ValueError, match='a.json: annotation 2 of image .*: its run lengths are of an image of 256 x 128 pixels, the image has 256 x 256'): changed()
+    crowd['segmentation'] = dict(size=[256, 256], counts=[5])
+    with pytest.raises(ValueError, match='annotation 2 of image .*: its run lengths cover 5 pixels'): changed()
+    crowd.update(iscrowd=0, num_keypoints=9)
+    changed()     # the outline of a person with joints is not used
+
+def test_train_and_val_joined(tmp_path, golden):
+    gt = json.loads(golden('crowdpose_eval_gt.json').read_text())
+    for folder in ('json', 'images'): (tmp_path/folder).mkdir()
+    for im in gt['images']: cv2.imwrite(str(tmp_path/'images'/im['file_name']), np.zeros((im['height'], im['width'], 3), np.uint8))
+    for split,part in (('train', gt['images'][:2]), ('val', gt['images'][2:])):
+        people = [a for a in gt['annotations'] if a['image_id'] in [im['id'] for im in part]]
+        (tmp_path/f'json/crowdpose_{split}.json').write_text(json.dumps({**gt, 'images': part, 'annotations': people}))
+    with pytest.raises(FileNotFoundError, match="made once, of 'train' and 'val': python -c") as e: find_coco(tmp_path, 'trainval')
+    exec(str(e.value).split('python -c ')[1].strip('"'))
+    (tmp_path/'json/crowdpose_test.json').write_text(json.dumps(gt))
+    joined,whole = [PoseDataset(*find_coco(tmp_path, s), skeleton=None) for s in ('trainval', 'test')]
+    assert joined.ids.tolist() == whole.ids.tolist() and (joined._joints == whole._joints).all() and joined.check() == whole.check()
+
+@pytest.mark.parametrize('rename,error', [(str.upper, None), (lambda n: n.replace('_', ' '), None), (lambda n: n.replace('eye', 'horn'), None),
+                                          (lambda n: COCO.names[COCO.names.index(n)-2].replace('ear', 'fin'), 'are no mirror images there')])
+def test_other_names_than_the_skeletons(changed, data, rename, error):
+    "A warning; an error where the file's names are mirror images that the skeleton does not have"
+    data['categories'][0]['keypoints'] = [rename(n) for n in COCO.names]
+    said = pytest.raises(ValueError, match=error) if error else pytest.warns(UserWarning, match="a.json: joints of 'person' have other names than the skeleton's, for instance")
+    with said: changed(skeleton=COCO)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        changed(skeleton=None)
+
+def test_no_mirror_pair_at_all(changed, data):
+    "A warning where images will be mirrored, and nowhere else"
+    data['categories'][0]['keypoints'] = [f'joint{i}' for i in range(17)]
+    with pytest.warns(UserWarning, match='a.json: no joint of the skeleton has a mirror image.*flip=0'): changed(skeleton=None)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        for kw in (dict(flip=0), dict(train=False)): changed(skeleton=None, **kw)
+
+def test_entries_that_do_not_belong_together(changed, data):
+    assert changed().check(files=False) == []
+    data['annotations'].append(dict(data['annotations'][0], id=77, image_id=4711))
+    data['images'] += [data['images'][0], dict(data['images'][1], id=4712), dict(data['images'][2], file_name='x.jpg')]
+    found = [tuple(f) for f in changed(train=False).check(files=False) if f.kind != 'person twice']
+    assert found[0] == ('image not listed', '', 77, 'image_id 4711')
+    assert [f[:2] for f in found[1:]] == [('image twice', data['images'][0]['file_name']), ('image twice', data['images'][1]['file_name']), ('image twice', 'x.jpg')]
+
+def test_fill_bytes_and_what_follows_the_end(tmp_path):
+    "A JPEG may repeat FF before each segment, a PNG be followed by anything; cut ones are still found"
+    x = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    jpeg,png = [cv2.imencode(ext, x)[1].tobytes() for ext in ('.jpg', '.png')]
+    at,filled = 2,jpeg[:2]
+    while jpeg[at+1] != 0xda:
+        end = at + 2 + int.from_bytes(jpeg[at+2:at+4], 'big')
+        filled,at = filled + b'\xff'*(at % 3) + jpeg[at:end],end
+    filled += b'\xff\xff' + jpeg[at:]
+    for name,data in (('x.jpg', filled), ('y.png', png + b'\0'*500), ('z.png', png + b'IEND of file')):
+        (tmp_path/name).write_bytes(data)
+        assert (read_image(tmp_path/name) == cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)).all()
+    for name,data in (('x.jpg', filled[:-2]), ('y.png', png[:-12]), ('z.png', png[:len(png)//2] + b'IEND')):
+        (tmp_path/name).write_bytes(data)
+        with pytest.raises(ImageFileError, match='breaks off'): read_image(tmp_path/name)

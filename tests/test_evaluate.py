@@ -156,7 +156,13 @@ def test_bad_input(tmp_path):
     with pytest.raises(ValueError, match='one category with 14 keypoints'): coco_ap(annotations, one, CROWDPOSE)
     with pytest.raises(ValueError, match="no 'crowdIndex' in record 0"):
         crowdpose_ap({**annotations, 'annotations': [], 'categories': [dict(id=1, keypoints=CROWDPOSE.names)]}, [])
-    with pytest.raises(ValueError, match='a COCO dictionary'): pose_ap([], one)
+    for bad in ([], {**annotations, 'images': None}):
+        with pytest.raises(ValueError, match='a COCO dictionary'): pose_ap(bad, one)
+    for field,value,message in (('bbox', None, "1 people have no 'bbox' .*, for instance annotation 1"), ('bbox', [1, 2], "no 'bbox'"), ('image_id', ..., "no 'image_id' in record 1")):
+        people = [dict(a) for a in annotations['annotations']]
+        if value is ...: del people[1][field]
+        else: people[1][field] = value
+        with pytest.raises(ValueError, match=f'annotations: .*{message}'): pose_ap({**annotations, 'annotations': people}, one)
 
 def without_areas(annotations, which=lambda a: True):
     return {**annotations, 'annotations': [{k: v for k,v in a.items() if k != 'area' or not which(a)} for a in annotations['annotations']]}
