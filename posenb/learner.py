@@ -18,7 +18,7 @@ from fastai.learner import Learner, Metric
 from fastai.optimizer import OptimWrapper
 from .dataset import PoseDataset, find_coco, pose_collate, worker_init
 from .distributed import gather_results, on_rank0, share
-from .evaluate import coco_ap
+from .evaluate import pose_ap
 from .loss import PoseLoss
 from .model import higher_hrnet
 from .optimizer import Muon
@@ -56,7 +56,7 @@ class PoseDL(DataLoader):
         return order and [self.dataset.info(i)['file_name'] for i in order[(self.n_batches-1)*self.bs:self.n_batches*self.bs]]
 
 # %% ../nbs/15_learner.ipynb #17685e01
-@delegates(PoseDataset, but=['images', 'annotations', 'train', 'ids'])
+@delegates(PoseDataset, but=['images', 'annotations', 'train', 'ids', 'scale_aware_sigma'])
 def pose_dls(
     path,                     # folder with COCO or CrowdPose data; see `find_coco`
     size=512,                 # network input, pixels; a multiple of 32
@@ -72,18 +72,19 @@ def pose_dls(
     seed=0,                   # of order and augmentation
     device=None,              # fastai's default device if None
     **kwargs                  # further arguments of `PoseDataset`, for training
-): # fastai `DataLoaders`; beside them `.skeleton`, `.convention`, `.test_size` and `.test`, the `PoseDataset` of all validation images
+): # fastai `DataLoaders`; beside them `.skeleton`, `.convention`, `.test_size`, `.with_center` and `.test`, the `PoseDataset` of all validation images
     "Loaders of training and validation data from a folder"
+    if kwargs.get('scale_aware_sigma'): raise ValueError('scale_aware_sigma: a loader draws the heatmaps of a batch with one sigma; ScaleAwareHeatmapGenerator draws those of a sample with one for each person')
     common = dict(size=size, convention=convention, seed=seed)
     train_ds = PoseDataset(*find_coco(path, train), skeleton=skeleton, **common, **kwargs)
     skeleton = train_ds.skeleton
     whole = dict(scale_range=(1, 1), scale_type='long', max_rotation=0, max_translate=0, flip=0)
     valid_ds = PoseDataset(*find_coco(path, valid), skeleton=skeleton, **common, **{**kwargs, **whole, 'jitter':None})
-    targets = PoseTargets(train_ds.affine.out_sizes, skeleton.n, sigma=sigma, tag_per_joint=tag_per_joint, convention=convention)
+    targets = PoseTargets(train_ds.affine.out_sizes, skeleton.n + train_ds.with_center, sigma=sigma, tag_per_joint=tag_per_joint, convention=convention)
     loader = partial(PoseDL, targets=targets, bs=bs, seed=seed, num_workers=workers, pin_memory=torch.cuda.is_available())
     dls = DataLoaders(loader(train_ds, shuffle=True, drop_last=len(train_ds) >= bs), loader(valid_ds), device=device)
-    dls.skeleton,dls.test_size,dls.convention,dls.n_inp = skeleton,test_size or size,convention,1
-    dls.test = PoseDataset(*find_coco(path, valid), skeleton=skeleton, train=False, exif=valid_ds.exif)
+    dls.skeleton,dls.test_size,dls.convention,dls.with_center,dls.n_inp = skeleton,test_size or size,convention,train_ds.with_center,1
+    dls.test = PoseDataset(*find_coco(path, valid), skeleton=skeleton, train=False, exif=valid_ds.exif, category=valid_ds.category['name'])
     return dls
 
 # %% ../nbs/15_learner.ipynb #3356e15f
@@ -111,7 +112,7 @@ def show_batch(self:PoseDL,
         row = axes[i*(1+n_maps):(i+1)*(1+n_maps)]
         mask = torch.nn.functional.interpolate(masks[-1][i][None, None], size)[0]
         image = raw[0][i]*mask.to(torch.uint8)
-        poses = _to_input(raw[2][-1][i], size, heatmaps[-1].shape[-1], self.targets.convention)
+        poses = _to_input(raw[2][-1][i], size, heatmaps[-1].shape[-1], self.targets.convention)[:, :self.dataset.skeleton.n]
         show_poses(image, poses, self.dataset.skeleton, ax=row[0], title=f'sample {index}', linewidth=1)
         for ax,maps in zip(row[1:], heatmaps): show_maps(maps[i], raw[0][i], ax=ax, title=f'{maps.shape[-1]} pixels', vmax=1)
     return axes
@@ -132,15 +133,12 @@ class LossPart(Metric):
 
 # %% ../nbs/15_learner.ipynb #4f2e9e22
 class AP(Metric):
-    "COCO AP of the full test path on `dls.test`, every `every` epochs (0: never) and after the last one; NaN in between"
-    def __init__(self, every=1): self.every,self.history = every,[]
-    def reset(self): self.learn = None
-    def accumulate(self, learn): self.learn = learn
+    "AP of the full test path on `dls.test`, every `every` epochs (0: never) and after the last one; NaN in between"
+    def __init__(self, every=1): self.every,self.history,self.learn = every,[],None     # the `PoseLearner` enters itself
     @property
     def name(self): return 'AP'
     @property
     def value(self):
-        if self.learn is None: return None
         learn = self.learn
         epoch = getattr(learn, 'epoch', 0)+1
         last = epoch == getattr(learn, 'n_epoch', epoch)
@@ -153,24 +151,30 @@ class AP(Metric):
 class PoseLearner(Learner):
     "A `Learner` that can find people with its network"
     predictor_args = {}
+    @Learner.metrics.setter
+    def metrics(self, metrics):
+        Learner.metrics.fset(self, metrics)
+        for m in self.metrics:
+            if isinstance(m, AP): m.learn = self         # here and not at a batch: a process may have none, and all evaluate together
+
     def predictor(self,
         **kwargs # arguments of `Predictor`; those not given are the learner's `predictor_args`, then skeleton, size and convention of the data
     ): # `Predictor`
         "The network as a function from an image to people"
-        of_data = dict(skeleton=self.dls.skeleton, size=self.dls.test_size, convention=self.dls.convention)
-        return Predictor(self.model, **{**of_data, **self.predictor_args, **kwargs})
+        of_data = dict(skeleton=self.dls.skeleton, size=self.dls.test_size, convention=self.dls.convention, with_center=self.dls.with_center)
+        return Predictor(self.model.to(self.dls.device), **{**of_data, **self.predictor_args, **kwargs})
 
     def evaluate(self,
         **kwargs # arguments of `Predictor`
     ): # dict with 'AP', 'AP50', ...
-        "COCO statistics on `dls.test`, the validation images; all processes share them"
+        "Statistics on `dls.test`, the validation images, by COCO's rule or CrowdPose's; all processes share them"
         test = self.dls.test
         ids = [test.info(i)['id'] for i in range(len(test))]
         found = {ids[i]:[] for i in share(range(len(test)))}
         for r in predict_dataset(self.predictor(**kwargs), test, progress=False, indices=share(range(len(test)))): found[r['image_id']].append(r)
         found = gather_results(found)
         self.results = [r for id in ids for r in found[id]]
-        return on_rank0(coco_ap, test.file, self.results, self.dls.skeleton)
+        return on_rank0(pose_ap, test.file, self.results, self.dls.skeleton, category=test.category['id'])
 
 # %% ../nbs/15_learner.ipynb #c33728b9
 @patch
@@ -211,7 +215,7 @@ def pose_learner(
     **kwargs             # of fastai's `Learner`
 ): # `PoseLearner`
     "A learner for the people in `dls`"
-    n,tag_per_joint = dls.skeleton.n,dls.train.targets.tag_per_joint
+    n,tag_per_joint = dls.train.targets.n_joints,dls.train.targets.tag_per_joint
     if model is None: model = higher_hrnet(arch, n, pretrained=pretrained, **({} if tag_per_joint else dict(tag_per_joint=False)))
     if loss_func is None: loss_func = PoseLoss(n, tag_per_joint=tag_per_joint)
     metrics = [*map(LossPart, getattr(loss_func, 'part_names', [])), AP(ap_every), *L(metrics)]

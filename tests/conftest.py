@@ -1,6 +1,6 @@
 "Where the fixtures lie: small ones in tests/golden, those made of COCO images beside the repository"
 from pathlib import Path
-import signal, pytest, torch
+import json, signal, cv2, numpy as np, pytest, torch
 
 # a shell that starts a job in the background has it ignore Ctrl-C; tests are about what Ctrl-C does
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -26,3 +26,12 @@ def coco_tiny():
 
 @pytest.fixture(scope='session')
 def synth(): return here.parent/'data'/'synth'
+
+@pytest.fixture
+def crowdpose(golden, tmp_path):
+    "A folder of blank images with CrowdPose's annotations, which have no area"
+    data = json.loads(golden('crowdpose_eval_gt.json').read_text())
+    for folder in ('json', 'images'): (tmp_path/folder).mkdir()
+    for split in ('trainval', 'test'): (tmp_path/f'json/crowdpose_{split}.json').write_text(json.dumps(data))
+    for i in data['images']: cv2.imwrite(str(tmp_path/'images'/i['file_name']), np.zeros((i['height'], i['width'], 3), np.uint8))
+    return tmp_path

@@ -1,5 +1,6 @@
 "The modules together: names, imports, and the door for notebooks"
-import importlib, pkgutil, subprocess, sys
+import importlib, pkgutil, re, subprocess, sys
+from pathlib import Path
 import pytest, posenb
 
 modules = sorted(m.name for m in pkgutil.iter_modules(posenb.__path__) if not m.name.startswith('_') and m.name not in ('all', 'bench'))     # bench is a command
@@ -27,3 +28,16 @@ def test_low_modules_do_without_fastai():
 
 @pytest.mark.parametrize('module', low)
 def test_each_module_can_be_imported_first(module): python(f'import posenb.{module}')
+
+def test_the_lines_of_the_readme_run(synth, monkeypatch, tmp_path):
+    "With less data and one epoch"
+    import matplotlib
+    matplotlib.use('Agg')
+    code = re.search(r'```python\n(.*?)```', (Path(__file__).parent.parent/'README.md').read_text(encoding='utf-8'), re.S)[1]
+    for long,short in (("synth_people('../data/people')", repr(str(synth.resolve()))), ('size=192, bs=16', 'size=64, bs=4, workers=0'), ('fit_one_cycle(10', 'fit_one_cycle(1')):
+        assert code.count(long) == 1
+        code = code.replace(long, short)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(code, names)
+    assert names['learn'].metrics[-1].history
