@@ -189,6 +189,7 @@ def schedule(
 ): # function: iteration -> learning rate
     "A warm-up and a main schedule, as one function of the training iteration"
     if isinstance(sched, str) and sched not in SCHEDULES: raise ValueError(f'sched={sched!r}: it is one of {", ".join(SCHEDULES)}, or a function')
+    if n_iter < 1: raise ValueError('an epoch has no batch: there are fewer images than one batch takes, and an incomplete one is dropped; take a smaller batch, or drop_last=False')
     if not np.isscalar(lr): lr = np.asarray(lr, dtype=float)
     warm = warmup*n_iter if warmup_iters is None else warmup_iters
     skip,gone = _wait(delay, warm/n_iter, per_epoch)
@@ -218,9 +219,9 @@ def group_lrs(
     lr   # a number; or a slice or a list, as fastai has them: one rate per parameter group
 ): # list of floats, one per parameter group
     "The base rate of every parameter group"
+    if np.isscalar(lr): lr = [lr*h.get('lr_mult', 1.) for h in opt.hypers]
     opt.set_hyper('lr', lr)
-    factors = [h.get('lr_factor', 1.) if np.isscalar(lr) else 1. for h in opt.hypers]
-    return [h['lr']*k for h,k in zip(opt.hypers, factors)]
+    return [h['lr'] for h in opt.hypers]
 
 # %% ../nbs/10_schedule.ipynb #76835769
 def _learner_schedule(learn, n_epoch, lr, **kwargs):
