@@ -13,7 +13,7 @@ from fastai.data.load import DataLoader
 from fastai.learner import Learner, Recorder
 from fastai.optimizer import Adam, OptimWrapper
 from posenb import checkpoint
-from posenb.callbacks import EMA, Accumulate, CheckFinite, EvalEvery, Precision
+from posenb.callbacks import EMA, Accumulate, CheckFinite, EvalEvery, Precision, SavePictures
 from posenb.checkpoint import (Checkpoint, checkpoint_weights, latest_checkpoint, list_checkpoints, load_matching, match_names, read_checkpoint,
                                write_checkpoint)
 from posenb.distributed import distributed
@@ -318,6 +318,19 @@ def test_whatever_takes_part_goes_on(tmp_path_factory, case): check_stops(tmp_pa
 @pytest.mark.slow
 @pytest.mark.parametrize('case', cases)
 def test_whatever_takes_part_goes_on_and_on(tmp_path_factory, case): check_stops(tmp_path_factory, case, 40)
+
+def test_pictures_while_training(tmp_path):
+    "Of people; the training does not notice, stopped and gone on neither"
+    def train(folder, *cbs):
+        seed_all()
+        learn = people_learner(folder)
+        learn.fit_schedule(2, 5e-3, 'cosine', cbs=[EvalEvery(iters=5), *cbs, Checkpoint(epochs=None, resume=True)])
+        return result(learn)
+    plain = train(tmp_path/'plain')
+    pictures = lambda: SavePictures(2, max_n=1)
+    with pytest.raises(MemoryError): train(tmp_path/'with', pictures(), Happen(7, 'after_loss', raise_it(MemoryError('full'))))
+    assert_same(plain, train(tmp_path/'with', pictures()))
+    assert [p.name for p in sorted((tmp_path/'with'/'pictures').iterdir())] == ['iteration_0000010.png', 'iteration_0000014.png']
 
 # ---------------------------------------------------------------- files
 
