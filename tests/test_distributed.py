@@ -148,6 +148,8 @@ def everything(bs):
                ragged=trained(nn.GroupNorm(2, 6), bs, epochs=1, n=53, drop_last=False),
                few=trained(nn.GroupNorm(2, 6), bs, epochs=1, n_valid=1),
                bar=trained(nn.GroupNorm(2, 6), bs, epochs=1, quiet=False))
+    from accelerate.utils import DDPCommunicationHookType
+    out['fp16'] = trained(nn.GroupNorm(2, 6), bs, epochs=1, ddp=dict(comm_hook=DDPCommunicationHookType.FP16))
     if setup_rank().type == 'cuda': out['sync'] = trained(nn.BatchNorm2d(6), bs, ddp=dict(sync_bn=True))
     learn = learner(nn.GroupNorm(2, 6), bs)
     with distributed(learn):
@@ -219,6 +221,9 @@ def check_everything(one, two, tolerance=1e-5):
         assert a['images'] == b['images'], case                                       # the same common batches
         np.testing.assert_allclose(b['losses'], a['losses'], rtol=0, atol=tolerance, err_msg=case)
         np.testing.assert_allclose(b['rows'], a['rows'], rtol=0, atol=tolerance, err_msg=case)   # smoothed, validation and metric: 21 images on two ranks
+    exact,rounded = one['fp16']['losses'],two['fp16']['losses']                           # gradients travel as float16
+    np.testing.assert_allclose(rounded, exact, rtol=0, atol=1e-3)
+    assert np.abs(np.subtract(rounded, exact)).max() > tolerance/100
     np.testing.assert_allclose(two["validate"], one["validate"], rtol=0, atol=tolerance)
     first,second = two['group']['images'][:3],two['group']['images'][3:]
     assert all(len(set(sum(e, []))) == 48 for e in (first, second)) and first != second     # every epoch another order, nothing twice
