@@ -270,6 +270,7 @@ def columns(self:EvalEvery):
 @patch
 def after_cancel_validate(self:EvalEvery):
     "Fills up the Recorder's row"
+    self.at_end = False
     if not self.skipped: return
     row = self.rows[-1] if self.rows and self.rows[-1]['epoch'] == self.epoch else {}
     self.learn.recorder.log += [row.get(k, float('nan')) for k in self.columns()]

@@ -267,7 +267,7 @@ def _read_whole(path):
         try: return read_checkpoint(p),str(p)
         except ValueError as e:
             if p == paths[0]: raise
-            if rank_distrib() == 0: print(f'{e}: now the one before it is read')
+            if rank_distrib() == 0: print(f'{e}; for now the one before it is read')
 
 # %% ../nbs/13_checkpoint.ipynb #2e58ae4c
 @patch

@@ -13,7 +13,7 @@ from fastai.data.load import DataLoader
 from fastai.learner import Learner, Recorder
 from fastai.optimizer import Adam, OptimWrapper
 from posenb import checkpoint
-from posenb.callbacks import EMA, Accumulate, CheckFinite, EvalEvery, Precision, SavePictures
+from posenb.callbacks import EMA, Accumulate, CheckFinite, EvalEvery, PreciseBN, Precision, SavePictures
 from posenb.checkpoint import (Checkpoint, checkpoint_weights, latest_checkpoint, list_checkpoints, load_matching, match_names, read_checkpoint,
                                write_checkpoint)
 from posenb.distributed import distributed
@@ -331,6 +331,16 @@ def test_pictures_while_training(tmp_path):
     with pytest.raises(MemoryError): train(tmp_path/'with', pictures(), Happen(7, 'after_loss', raise_it(MemoryError('full'))))
     assert_same(plain, train(tmp_path/'with', pictures()))
     assert [p.name for p in sorted((tmp_path/'with'/'pictures').iterdir())] == ['iteration_0000010.png', 'iteration_0000014.png']
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_second_pass_leaves_the_samples_alone(tmp_path, workers):
+    "Samples depend on the epoch, which all copies of a dataset share with its workers: `PreciseBN` reads in the middle of it"
+    def train(*cbs):
+        seed_all()
+        learn = people_learner(tmp_path/str(len(cbs)), workers, cbs=cbs)
+        learn.fit_schedule(2, 5e-3, 'cosine')
+        return torch.stack(list(learn.recorder.losses))
+    assert torch.equal(train(EvalEvery(iters=3)), train(EvalEvery(iters=3), PreciseBN(2)))
 
 # ---------------------------------------------------------------- files
 
