@@ -7,7 +7,7 @@ __all__ = ['write_checkpoint', 'read_checkpoint', 'list_checkpoints', 'latest_ch
            'Checkpoint', 'checkpoint_weights', 'match_names', 'mmpose_name', 'LoadReport', 'load_matching']
 
 # %% ../nbs/13_checkpoint.ipynb #2e75d898
-import json, os, platform, random, re, signal, subprocess, threading, traceback, warnings, zlib
+import json, os, platform, random, re, signal, subprocess, threading, time, traceback, warnings, zlib
 import numpy as np, torch
 from collections import Counter, defaultdict
 from contextlib import contextmanager
@@ -22,9 +22,9 @@ from fastcore.foundation import L
 from fastai.callback.core import CancelEpochException, CancelFitException
 from fastai.callback.tracker import TrackerCallback
 from fastai.learner import Learner
-from fastai.torch_core import get_model, rank_distrib
+from fastai.torch_core import rank_distrib
 from . import __version__
-from .callbacks import Accumulate, EMA, EvalEvery, FastCallback
+from .callbacks import Accumulate, CheckFinite, EMA, EvalEvery, FastCallback, bare_model
 from .model import load_weights, read_weights
 
 # %% ../nbs/13_checkpoint.ipynb #16b42523
@@ -123,7 +123,7 @@ def _open(path):
     with path.open('rb') as f: start = f.read(4)
     if start[:2] in (b'PK', b'\x80\x02', b'\x80\x04'):
         raise ValueError(f'{path} is a pickle, which can run code when it is opened, and no checkpoint. If it holds weights: load_matching(model, path)')
-    raise ValueError(f'{path} ({path.stat().st_size} bytes) is damaged, or no checkpoint: {error}')
+    raise ValueError(f'{path} ({path.stat().st_size} bytes) is damaged, or no checkpoint: {error}. Remove it to go on from an older one')
 
 # %% ../nbs/13_checkpoint.ipynb #afc1a413
 def read_checkpoint(
@@ -192,11 +192,6 @@ def _set_loader_state(dl, state):
     if state.get('generator') is not None: dl.generator.set_state(state['generator'])
 
 # %% ../nbs/13_checkpoint.ipynb #393a4b4f
-def _bare(model):
-    "The model without the wrappers of distributed training and compilation"
-    model = get_model(model)
-    return _bare(model._orig_mod) if '_orig_mod' in model._modules else model
-
 def _opt_kind(opt):
     "What kind of optimiser a state belongs to"
     steps = [getattr(cb, 'func', cb).__name__ for cb in vars(opt).get('cbs', ())]         # of fastai's own: functions and partial functions
@@ -265,13 +260,23 @@ def _skeleton_state(s):
     return None if s is None else dict(names=s.names, flip_pairs=s.flip_pairs, edges=s.edges, sigmas=s.sigmas, order=s.order)
 
 # %% ../nbs/13_checkpoint.ipynb #7404264f
+def _read_whole(path):
+    "State and name of a checkpoint, or of the latest one of a folder that is not damaged"
+    paths = Path(path).is_dir() and list_checkpoints(path) or [path]
+    for p in reversed(paths):
+        try: return read_checkpoint(p),str(p)
+        except ValueError as e:
+            if p == paths[0]: raise
+            if rank_distrib() == 0: print(f'{e}; for now the one before it is read')
+
+# %% ../nbs/13_checkpoint.ipynb #2e58ae4c
 @patch
 def resume(self:Learner,
-    path,       # a checkpoint, a folder of checkpoints (the latest one), or a state that was read
+    path,       # a checkpoint, a folder of checkpoints (the latest one that is not damaged), or a state that was read
     exact=True  # insist on the same number of processes and batches; else the interrupted epoch may begin anew, with other random numbers
 ): # the learner
     "Let the next `fit`, with the arguments of the first one, go on where the checkpoint was written"
-    state,name = (path, 'state') if isinstance(path, dict) else (read_checkpoint(path), str(latest_checkpoint(path)))
+    state,name = (path, 'state') if isinstance(path, dict) else _read_whole(path)
     self.resumed = dict(state=state, name=name, exact=exact)
     return self
 
@@ -314,7 +319,7 @@ def _restore(learn):
 # %% ../nbs/13_checkpoint.ipynb #292d5883
 def _set_state(learn, state, exact):
     place = state['place']
-    _bare(learn.model).load_state_dict(state['model'])
+    bare_model(learn.model).load_state_dict(state['model'])
     if state['loss']: learn.loss_func.load_state_dict(state['loss'])
     _set_opt_state(learn.opt, state['opt'])
     if state['scaler']: learn.scaler.load_state_dict(state['scaler'])
@@ -393,12 +398,12 @@ class Checkpoint(FastCallback):
         iters=None,     # training iterations between two checkpoints, besides
         keep=3,         # how many of these stay; None: all
         monitor=None,   # a column of the Recorder, such as 'AP' or 'valid_loss': the best is kept as best.safetensors
-        smaller=None,   # is a smaller value the better one? By the name if None: for losses and errors
+        smaller=None,   # is a smaller value the better one? If None: for losses, their parts, and errors
         resume=False,   # go on with the latest one in the folder, if there is one
         on_exit=True,   # write one on Ctrl-C, SIGTERM and exceptions
         config=None     # the settings of this run: a dictionary
     ):
-        if smaller is None: smaller = monitor is not None and ('loss' in monitor or 'error' in monitor)
+        if keep is not None and keep < 1: raise ValueError(f'keep={keep}: at least 1 checkpoint must stay; None keeps all')
         self.folder,self.epochs,self.iters,self.keep,self.monitor,self.smaller = folder,epochs,iters,keep,monitor,smaller
         self.go_on,self.on_exit,self.config,self.best = resume,on_exit,config,None
 
@@ -414,20 +419,36 @@ def before_run(self:Checkpoint):
     self.folder = Path(self.learn.path/'checkpoints' if self.folder is None else self.folder)
     self._check_monitor()
     found,resumed = list_checkpoints(self.folder),vars(self.learn).get('resumed')
-    if found and self.go_on and not resumed: resumed = vars(self.learn.resume(self.folder))['resumed']
+    if found and self.go_on and not resumed: found,resumed = self._go_on(found)
     self._check_folder(found, resumed)
     self.saved,self.due,self.asked,self.handlers = None,set(),None,{}
     self.stepped = self.pending = self.validating = self.in_epoch = False
     if _is_distributed(): self.group = distributed.new_group(backend='gloo')
-    self.live = dict(_bare(self.model).named_buffers())
+    self.live = dict(bare_model(self.model).named_buffers())
     self.kept = {k: b.clone() for k,b in self.live.items()}
     if self.on_exit: self.listen()
 
 # %% ../nbs/13_checkpoint.ipynb #d75bdc61
 @patch
+def _go_on(self:Checkpoint, found):
+    "Resume the latest one; those that are damaged make room for those to come"
+    resumed = vars(self.learn.resume(self.folder))['resumed']
+    n = found.index(Path(resumed['name']))+1
+    if _is_distributed(): distributed.barrier()              # all have read
+    if rank_distrib() == 0:
+        for p in found[n:]: p.rename(p.with_suffix('.damaged'))
+    return found[:n],resumed
+
+# %% ../nbs/13_checkpoint.ipynb #917c9a53
+@patch
 def _check_monitor(self:Checkpoint):
-    names = list(self.recorder.metric_names[1:]) if self.monitor else []
-    if self.monitor and self.monitor not in names: raise ValueError(f'monitor={self.monitor!r}: the Recorder has {", ".join(names)}')
+    if not self.monitor: return
+    evaluator,r = self._evaluator(),self.recorder
+    names = evaluator.columns() if evaluator else list(r.metric_names)[1:-1 if r.add_time else None]
+    if self.monitor not in names: raise ValueError(f'monitor={self.monitor!r}: {"each evaluation" if evaluator else "the Recorder"} has {", ".join(names)}')
+
+@patch
+def _evaluator(self:Checkpoint): return next((cb for cb in self.learn.cbs if isinstance(cb, EvalEvery) and cb.iters), None)
 
 @patch
 def _check_folder(self:Checkpoint, found, resumed):
@@ -459,7 +480,7 @@ def mark(self:Checkpoint,
 def state(self:Checkpoint):
     "What a checkpoint holds, but for the random numbers of the processes"
     learn,at = self.learn,self.marked
-    model = {k: self.kept.get(k, v) for k,v in _bare(learn.model).state_dict().items()}
+    model = {k: self.kept.get(k, v) for k,v in bare_model(learn.model).state_dict().items()}
     loss = learn.loss_func.state_dict() if isinstance(learn.loss_func, nn.Module) else None
     scaler = vars(learn).get('scaler')
     return dict(model=model, loss=loss, opt=dict(kind=_opt_kind(learn.opt), values=learn.opt.state_dict()),
@@ -546,15 +567,22 @@ def after_cancel_fit(self:Checkpoint):
 def write_due(self:Checkpoint):
     "Write what is due"
     due,self.due = sorted(self.due),set()                     # 'best', then 'checkpoint'
-    if due and self.marked: self.save(due)
+    if not due or not self.marked: return
+    self.look()
+    self.save(due)
+
+@patch
+def look(self:Checkpoint):
+    "Let `CheckFinite` look at the losses it has not yet seen: weights that are not numbers are nothing to go on with"
+    for cb in self.learn.cbs:
+        if isinstance(cb, CheckFinite): cb.look()
 
 # %% ../nbs/13_checkpoint.ipynb #07ac7cae
 @patch
 def value_now(self:Checkpoint):
     "The monitored value, if it was measured at this very iteration"
     if not self.monitor: return None
-    evaluator = next((cb for cb in self.learn.cbs if isinstance(cb, EvalEvery) and cb.iters), None)
-    if evaluator: return evaluator.rows[-1][self.monitor] if evaluator.evaluated_at(self.train_iter) else None
+    if evaluator := self._evaluator(): return evaluator.rows[-1][self.monitor] if evaluator.evaluated_at(self.train_iter) else None
     return None if self.in_epoch else self.recorder.values[-1][list(self.recorder.metric_names[1:]).index(self.monitor)]
 
 # %% ../nbs/13_checkpoint.ipynb #a024bbcd
@@ -564,11 +592,17 @@ def judge(self:Checkpoint,
 ):
     "If this is the best value so far, it is due to be written"
     if value is None or value != value or self.marked is None: return
-    if self.best and (value >= self.best['value'] if self.smaller else value <= self.best['value']): return
+    if self.best and (value >= self.best['value'] if self._smaller() else value <= self.best['value']): return
     self.best = dict(value=value, epoch=self.epoch, train_iter=self.train_iter)
     self.due.add('best')
 
 # %% ../nbs/13_checkpoint.ipynb #d15174ed
+@patch
+def _smaller(self:Checkpoint):
+    "Is a smaller value the better one?"
+    if self.smaller is not None: return self.smaller
+    return 'loss' in self.monitor or 'error' in self.monitor or self.monitor in getattr(self.learn.loss_func, 'parts', {})
+
 @patch
 def state_dict(self:Checkpoint): return dict(best=self.best)
 @patch
@@ -592,11 +626,18 @@ def after_run(self:Checkpoint):
 # %% ../nbs/13_checkpoint.ipynb #a17f483b
 @patch
 def ask(self:Checkpoint, signum, frame):
-    "Somebody wants the training to end: it does so after the batch, in validation at once; asked again, at once"
+    "Somebody wants the training to end: it does so after the batch, in validation at once"
     if os.getpid() != self.process: return                   # a worker of the loader: the training decides
-    if self.asked: raise KeyboardInterrupt
-    self.asked = signum
+    if self.asked: return self._ask_again(signum)
+    self.asked,self.asked_at = signum,time.monotonic()
     if self.validating and self.group is None and not _runs(frame, EMA.swap): self.leave(signum)
+
+@patch
+def _ask_again(self:Checkpoint, signum):
+    "Only a second Ctrl-C in a lone process, and not in the same moment, ends it at once"
+    again = signum == self.asked == signal.SIGINT and self.group is None
+    if again and time.monotonic() > self.asked_at + 1: raise KeyboardInterrupt
+    self.asked = max(self.asked, signum)                     # SIGTERM outweighs Ctrl-C
 
 # %% ../nbs/13_checkpoint.ipynb #18d8f9a1
 def _runs(frame, function):
@@ -626,7 +667,9 @@ def agreed(self:Checkpoint,
 # %% ../nbs/13_checkpoint.ipynb #1e9bae1f
 @patch
 def leave(self:Checkpoint, signum):
-    if self.group is not None and self.saved != self.marked['place']: self.save()
+    if self.group is not None and self.saved != self.marked['place']:
+        self.look()
+        self.save()
     raise KeyboardInterrupt if signum == signal.SIGINT else SystemExit(128+signum)
 
 # %% ../nbs/13_checkpoint.ipynb #3cd3e16a
@@ -656,17 +699,23 @@ def _finish_batch(self:Checkpoint, e):
 @patch
 def on_error(self:Checkpoint, e):
     "Write the last place, if the weights are still those of that place"
-    self.after_run()
+    self.validating = False                                  # from here on a signal must not break it off
+    for cb in self.learn.cbs:
+        if isinstance(cb, EMA): cb.leave()                   # the weights, not their average
     if self.stepped: self._finish_batch(e)
     if self.marked is None or not self.on_exit: return
-    if self.saved != self.marked['place'] and not self.stepped and self.group is None: self._snapshot()
+    together = self.group is None or getattr(e, 'on_all_ranks', False)
+    if self.saved != self.marked['place'] and not self.stepped and together and self._sound(): self._snapshot()
     found = list_checkpoints(self.folder)
     if rank_distrib() == 0: print(f'{type(e).__name__}: ' + (f'{found[-1]} is where the training can go on' if found else 'there is no checkpoint'))
 
 @patch
+def _sound(self:Checkpoint):
+    "Were all losses before the marked place finite?"
+    return all(cb.finite_before(self.marked['place']['train_iter']) for cb in self.learn.cbs if isinstance(cb, CheckFinite))
+
+@patch
 def _snapshot(self:Checkpoint):
-    for cb in self.learn.cbs:
-        if isinstance(cb, EMA): cb.after_validate()          # the weights, not their average
     try: self.save()
     except OSError as e: print(e)
 

@@ -171,8 +171,9 @@ def on_rank0(
         try: answer[0] = f(*args, **kwargs)
         except Exception as e: answer[1] = e
     dist.broadcast_object_list(answer, 0)
-    if answer[1] is not None: raise answer[1]
-    return answer[0]
+    if answer[1] is None: return answer[0]
+    answer[1].on_all_ranks = True       # they can still write a checkpoint together
+    raise answer[1]
 
 # %% ../nbs/14_distributed.ipynb #ce4ce7ac
 class Heartbeat:

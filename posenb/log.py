@@ -167,6 +167,7 @@ def after_batch(self:EventLog):
     self.put(over_ranks=self.ranks > 1, total_loss=self.learn.loss, **(getattr(self.loss_func, 'parts', None) or {}))
     self.put(smooth=False, **self._lrs())
     due = self.train_iter % self.every == 0
+    if due: self.put(smooth=False, **self._grad_scale())
     if due or self.iter + 1 == self.n_iter: self.fetch()
     self._tick()
     if due or self.learn.loss.device.type == 'cpu': self._share_times()
@@ -177,6 +178,11 @@ def after_batch(self:EventLog):
 def _lrs(self:EventLog):
     lrs = [h['lr'] for h in self.opt.hypers]
     return dict(lr=lrs[0]) if len(lrs) == 1 else {f'lr_{i}': lr for i,lr in enumerate(lrs)}
+
+@patch
+def _grad_scale(self:EventLog):
+    scaler = getattr(vars(self.learn).get('precision'), 'scaler', None)
+    return {} if scaler is None else dict(grad_scale=scaler.get_scale())
 
 # %% ../nbs/11_log.ipynb #82df69a2
 @patch

@@ -206,10 +206,21 @@ def test_by_iterations(iters):
     plain = learner([Do(after_batch=modes), FreezeBN('^1'), FreezeLayers('^3', until=15)]); plain.fit(3)
     assert train == [o for o in seen if o[1]]
     assert torch.equal(weights(plain.model), weights(learn.model)) and len(learn.recorder.losses) == 36
-    assert [r['iteration'] for r in learn.eval_every.rows] == list(range(iters, 37, iters))
+    assert [r['iteration'] for r in learn.eval_every.rows] == [*range(iters, 36, iters), 36]
+    assert learn.eval_every.rows[-1]['valid_loss'] == plain.recorder.values[-1][1]
     values = np.array(learn.recorder.values, dtype=float)
     assert values.shape == (3, 2) and values[-1, 1] == plain.recorder.values[-1][1]
     assert np.isnan(values[:2, 1]).tolist() == [not any(12*e < i <= 12*e+12 for i in range(iters, 37, iters)) for e in (0, 1)]
+
+def test_failed_evaluation_leaves_the_training_as_it_was():
+    learn,seen = learner([FreezeBN('^1'), EvalEvery(iters=5)]),[]
+    def fail(learn):
+        if not learn.training: raise MemoryError('full')
+    def look(learn): seen.append((learn.training, learn.iter, [m.training for m in learn.model.modules()], learn.dl is learn.dls.train))
+    learn.add_cbs([Do(after_pred=fail), Do(-10, after_batch=look)])
+    with pytest.raises(MemoryError): learn.fit(1)
+    look(learn)
+    assert seen[-1] == seen[-2]
 
 def test_validate_is_never_cancelled():
     learn = learner([EvalEvery(7)])
@@ -399,6 +410,22 @@ def test_unused():
     assert unused_parameters(model, model(torch.ones(2, 3, 8, 8)).sum()) == ['0.extra.weight', '0.extra.bias']
     with pytest.warns(UserWarning, match='2 parameters get no gradient: 0.extra.weight, 0.extra.bias'): learner([WarnUnused()], model).fit(1)
 
+@pytest.mark.parametrize('first', [True, False])
+def test_frozen_layers_that_thaw_leave_frozen_statistics_alone(first):
+    modes,cbs = [],[FreezeBN('^1'), FreezeLayers('^[13]', until=5)]
+    learn = learner([*(cbs if first else cbs[::-1]), Do(after_pred=lambda learn: modes.append([m.training for m in (learn.model[1], learn.model[3][1])]))])
+    learn.fit(2)
+    assert [m for m in modes if any(m)] == [[False, True]]*19
+
+def test_a_compiled_module_is_its_model():
+    def trained(wrap):
+        model = net()
+        learn = learner([Precision('bf16'), EMA(.1), FreezeLayers('^3', until=3), FreezeBN('^1'), PreciseBN(3)], wrap(model)); learn.fit(1)
+        return weights(model),list(learn.ema.state_dict()['average'])
+    plain,compiled = trained(lambda m: m),trained(partial(torch.compile, backend='eager'))
+    close(plain[0], compiled[0], rtol=1e-4, atol=1e-5)
+    assert plain[1] == compiled[1]
+
 # -- stopping and going on ------------------------------------------------------------------------
 class Stop(Callback):
     "Keeps the whole state after `at` iterations, as it would be stored, and leaves"
@@ -451,7 +478,7 @@ def alone(rank, port, job, out):
     except Exception: out.put((rank, traceback.format_exc()))
     torch.distributed.destroy_process_group()
 
-def jobs(rank): return dict(finite=job_finite(rank), bn=job_bn(rank), steps=job_steps(rank), frozen=job_frozen(rank))
+def jobs(rank): return dict(finite=job_finite(rank), bn=job_bn(rank), steps=job_steps(rank), frozen=job_frozen(rank), shared=job_shared(rank))
 
 def job_finite(rank):
     learn = learner([CheckFinite()], nn.parallel.DistributedDataParallel(net(norm=False))); learn.loss_func = NanAt(4 if rank else 99)
@@ -479,6 +506,29 @@ def ddp(rank, cbs):
 def job_steps(rank): return ddp(rank, [Accumulate(5), ClipGrad(.5), EMA(.1, fast_start=True), CheckFinite(3)])
 def job_frozen(rank): return ddp(rank, [FreezeLayers('^0', until=6)])
 
+class Numbered:
+    def __init__(self): self.x = torch.arange(51.)
+    def __len__(self): return len(self.x)
+    def __getitem__(self, i): return self.x[i].expand(4, 2),torch.zeros(2)
+
+class EpochLoader(FastaiLoader):
+    "Shuffles by its epoch"
+    epoch,n_inp = 0,1
+    def randomize(self): self.rng = random.Random(self.epoch)
+    def after_iter(self): self.epoch += 1
+
+def job_shared(rank):
+    "What `PreciseBN` reads in two epochs, and the statistics it gets, of a layer that is the first"
+    seen = [[]]
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.Flatten(), nn.Linear(8, 2))
+    train = EpochLoader(Numbered(), bs=4, shuffle=True, drop_last=True)
+    learn = Learner(DataLoaders(train, FastaiLoader(Numbered(), bs=4)), model, nn.MSELoss(), lr=.01, cbs=[PreciseBN(100), Do(EMA.order+2, before_validate=lambda learn: seen.append([]))])
+    learn.remove_cb(ProgressCallback); learn.logger = lambda *_: None
+    model[0].register_forward_pre_hook(lambda m,x: seen[-1].extend(x[0][:, 0, 0].tolist()) if m.momentum == 1 else None)
+    learn.fit(2)
+    return seen[:2],model[0].running_mean.tolist()
+
 def test_two_processes():
     with socket.socket() as s: s.bind(('', 0)); port = s.getsockname()[1]
     context = multiprocessing.get_context('spawn')
@@ -490,6 +540,11 @@ def test_two_processes():
     for r in results.values(): assert isinstance(r, dict), r
     assert results[0]['finite'][0] == results[1]['finite'][0] == 4
     assert 'another process' in results[0]['finite'][1] and 'bad = ' in results[1]['finite'][1] and 'on process 1' in results[1]['finite'][1]
+    for epoch in range(2):
+        first,second = (results[r]['shared'][0][epoch] for r in range(2))
+        assert len(first) == len(second) == 24 and len(set(first + second)) == 48, 'an image was read twice, or not at all'
+    assert results[0]['shared'][0][0] != results[0]['shared'][0][1]
+    close(torch.tensor(results[0]['shared'][1]), torch.full((4,), sum(first + second)/48)); assert results[0]['shared'][1] == results[1]['shared'][1]
     x = torch.cat(sum(halves(), []))
     for r in results.values():
         close(torch.tensor(r['bn'][0]), x.mean(0)); close(torch.tensor(r['bn'][1]), x.var(0, correction=0), rtol=1e-4)

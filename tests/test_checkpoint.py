@@ -13,7 +13,7 @@ from fastai.data.load import DataLoader
 from fastai.learner import Learner, Recorder
 from fastai.optimizer import Adam, OptimWrapper
 from posenb import checkpoint
-from posenb.callbacks import EMA, Accumulate, EvalEvery, Precision
+from posenb.callbacks import EMA, Accumulate, CheckFinite, EvalEvery, PreciseBN, Precision, SavePictures
 from posenb.checkpoint import (Checkpoint, checkpoint_weights, latest_checkpoint, list_checkpoints, load_matching, match_names, read_checkpoint,
                                write_checkpoint)
 from posenb.distributed import distributed
@@ -83,14 +83,18 @@ class Kill(Callback):
 
 events = 'before_batch after_pred after_loss after_backward before_step after_step after_batch after_epoch before_validate after_validate write'.split()
 
+def place_to_meet(rank, n_ranks, port):
+    "As a launcher makes it; to be kept while the process lives"
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n_ranks), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), ACCELERATE_USE_CPU='true',
+                      TORCHELASTIC_USE_AGENT_STORE='True')
+    return torch.distributed.TCPStore('127.0.0.1', port, is_master=True, wait_for_workers=False) if rank == 0 else None
+
 def train(kind, folder, workers, epochs, iters, kill, rank, n_ranks, port):
     "A process: trains, or goes on, until it is done or killed"
     warnings.filterwarnings('ignore')
     torch.set_num_threads(1)
     multiprocessing.set_start_method('fork', force=True)
-    if n_ranks > 1: os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n_ranks), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), ACCELERATE_USE_CPU='true')
-    if n_ranks > 1 and rank == 0: store = torch.distributed.TCPStore('127.0.0.1', port, is_master=True, wait_for_workers=False)
-    if n_ranks > 1: os.environ['TORCHELASTIC_USE_AGENT_STORE'] = 'True'
+    store = place_to_meet(rank, n_ranks, port) if n_ranks > 1 else None
     seed_all()
     learn = dict(noisy=noisy_learner, people=people_learner)[kind](folder, workers)
     cbs = [Checkpoint(folder/'checkpoints', iters=iters, resume=True)] + ([Kill(*kill)] if kill else [])
@@ -208,10 +212,77 @@ def test_signals(tmp_path, whole, number, error, event):
     assert_same(whole, result(train_here(tmp_path)))
 
 def test_asked_twice(tmp_path, whole):
-    def twice(learn): os.kill(os.getpid(), signal.SIGINT); time.sleep(.01); os.kill(os.getpid(), signal.SIGINT); time.sleep(.01)
+    def twice(learn): os.kill(os.getpid(), signal.SIGINT); time.sleep(1.1); os.kill(os.getpid(), signal.SIGINT); time.sleep(.01)
     with pytest.raises(KeyboardInterrupt): train_here(tmp_path, Happen(4, 'after_loss', twice))
     assert read_checkpoint(tmp_path/'checkpoints')['place']['train_iter'] == 4
     assert_same(whole, result(train_here(tmp_path)))
+
+def test_signals_in_one_moment_are_one(tmp_path, whole):
+    "A cluster signals every process, and the launcher passes it on: also while the checkpoint is written"
+    def often(*_):
+        for s in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM): os.kill(os.getpid(), s)
+    with pytest.MonkeyPatch.context() as m:
+        to_disk = checkpoint._to_disk
+        m.setattr(checkpoint, '_to_disk', lambda path: (often(), to_disk(path)))
+        with pytest.raises(SystemExit) as e: train_here(tmp_path, Happen(3, 'after_loss', often))
+    assert e.value.code == 143 and latest_checkpoint(tmp_path/'checkpoints').stem == 'checkpoint_0000004'
+    with pytest.raises(KeyboardInterrupt): train_here(tmp_path, Happen(7, 'before_validate', lambda learn: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]))
+    assert_same(whole, result(train_here(tmp_path)))
+
+class Poison(Callback):
+    "The loss of an iteration becomes NaN; it costs the weights if nobody stops it"
+    order = 1
+    def __init__(self, at, everywhere=True): self.at,self.everywhere = at,everywhere
+    def after_loss(self):
+        if self.training and self.train_iter == self.at and self.everywhere: self.learn.loss_grad = self.learn.loss = self.learn.loss*float('nan')
+
+def ending(what, folder, rank, port):
+    "One of two processes whose training ends early; says how"
+    warnings.filterwarnings('ignore')
+    torch.set_num_threads(1)
+    store = place_to_meet(rank, 2, port)
+    seed_all()
+    learn = noisy_learner(folder)
+    signals = lambda learn: [os.kill(os.getpid(), getattr(signal, what)) for _ in range(3)]
+    cbs = [CheckFinite(), Poison(2, rank == 1)] if what == 'nan' else [Happen(2, 'after_loss', signals)]
+    try:
+        with distributed(learn, seed=0): learn.fit_schedule(2, 5e-3, 'cosine', cbs=[Checkpoint(folder/'checkpoints'), *cbs])
+    except BaseException as e: (folder/f'end{rank}').write_text(f'{type(e).__name__} {e}')
+    if rank == 0: time.sleep(2)                                                # it has the place to meet
+
+@pytest.mark.parametrize('what,end,at', [('SIGTERM', 'SystemExit 143', 4), ('SIGINT', 'KeyboardInterrupt', 4), ('nan', 'FloatingPointError', 2)])
+def test_two_processes_end_together(tmp_path, what, end, at):
+    port = free_port()
+    processes = [context.Process(target=ending, args=(what, tmp_path, rank, port)) for rank in range(2)]
+    for p in processes: p.start()
+    for p in processes: p.join(120)
+    for p in processes: p.kill()
+    for rank in range(2): assert (tmp_path/f'end{rank}').read_text().startswith(end)
+    state = read_checkpoint(tmp_path/'checkpoints')
+    assert state['place']['train_iter'] == at and all(v.isfinite().all() for v in state['model'].values())
+
+@pytest.mark.parametrize('every,iters', [(5, 1), (5, 3), (1, None), (4, None), (100, None)])
+def test_no_weights_that_are_not_numbers(tmp_path, every, iters):
+    with pytest.raises(FloatingPointError, match='at iteration 2 '): train_here(tmp_path, CheckFinite(every), Poison(2), iters=iters)
+    found = list_checkpoints(tmp_path/'checkpoints')
+    for path in found: assert all(v.isfinite().all() for v in read_checkpoint(path)['model'].values()), path
+    assert [int(p.stem[-7:]) for p in found] == ([1, 2] if iters == 1 else [2] if every == 1 else [])
+
+def test_interrupted_before_a_look(tmp_path, capsys):
+    with pytest.raises(SystemExit): train_here(tmp_path, CheckFinite(100), Poison(2), Happen(4, 'after_loss', lambda learn: os.kill(os.getpid(), signal.SIGTERM)), iters=None)
+    assert not list_checkpoints(tmp_path/'checkpoints') and 'there is no checkpoint' in capsys.readouterr().out
+
+@pytest.mark.parametrize('iters', [2, 5])
+def test_failed_evaluation_within_an_epoch(tmp_path, whole, iters):
+    "The batch before it is done: that is a place to go on from"
+    def fail(learn):
+        if not learn.training: raise MemoryError('full')
+    cbs = lambda: [EMA(.1, fast_start=True), EvalEvery(iters=4)]
+    plain = result(train_here(tmp_path/'whole', *cbs()))
+    with pytest.raises(MemoryError): train_here(tmp_path, *cbs(), Happen(4, 'after_pred', fail), iters=iters)
+    assert latest_checkpoint(tmp_path/'checkpoints').stem == 'checkpoint_0000004'
+    ended = result(train_here(tmp_path, *cbs()))
+    for k in plain['weights']: assert torch.equal(plain['weights'][k], ended['weights'][k]), k
 
 @pytest.mark.parametrize('at', [2, 8])
 def test_out_of_memory_within_the_forward(tmp_path, whole, at):
@@ -247,6 +318,29 @@ def test_whatever_takes_part_goes_on(tmp_path_factory, case): check_stops(tmp_pa
 @pytest.mark.slow
 @pytest.mark.parametrize('case', cases)
 def test_whatever_takes_part_goes_on_and_on(tmp_path_factory, case): check_stops(tmp_path_factory, case, 40)
+
+def test_pictures_while_training(tmp_path):
+    "Of people; the training does not notice, stopped and gone on neither"
+    def train(folder, *cbs):
+        seed_all()
+        learn = people_learner(folder)
+        learn.fit_schedule(2, 5e-3, 'cosine', cbs=[EvalEvery(iters=5), *cbs, Checkpoint(epochs=None, resume=True)])
+        return result(learn)
+    plain = train(tmp_path/'plain')
+    pictures = lambda: SavePictures(2, max_n=1)
+    with pytest.raises(MemoryError): train(tmp_path/'with', pictures(), Happen(7, 'after_loss', raise_it(MemoryError('full'))))
+    assert_same(plain, train(tmp_path/'with', pictures()))
+    assert [p.name for p in sorted((tmp_path/'with'/'pictures').iterdir())] == ['iteration_0000010.png', 'iteration_0000014.png']
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_second_pass_leaves_the_samples_alone(tmp_path, workers):
+    "Samples depend on the epoch, which all copies of a dataset share with its workers: `PreciseBN` reads in the middle of it"
+    def train(*cbs):
+        seed_all()
+        learn = people_learner(tmp_path/str(len(cbs)), workers, cbs=cbs)
+        learn.fit_schedule(2, 5e-3, 'cosine')
+        return torch.stack(list(learn.recorder.losses))
+    assert torch.equal(train(EvalEvery(iters=3)), train(EvalEvery(iters=3), PreciseBN(2)))
 
 # ---------------------------------------------------------------- files
 
@@ -357,6 +451,29 @@ def test_best_is_the_first_of_the_best_and_never_nan(tmp_path_factory, values, s
     if good: assert read_checkpoint(best)['place']['epoch'] - 1 == min(good)[1]
     shutil.rmtree(folder)
 
+@pytest.mark.parametrize('values,at', [([3., 2., 1.], 5), ([1., 2., 3.], 2)])
+def test_best_of_all_evaluations(tmp_path, values, at):
+    "Also the one at the end"
+    left,learn = list(values),noisy_learner(tmp_path, n=20)
+    class Scripts(Callback):
+        order = 51
+        def after_validate(self): self.recorder.log[-1] = left.pop(0)
+    learn.fit_schedule(1, 1e-3, 'flat', cbs=[evaluations := EvalEvery(iters=2), Scripts(), Checkpoint(monitor='distance', smaller=True)])
+    assert [(r['iteration'], r['distance']) for r in evaluations.rows] == list(zip([2, 4, 5], values))
+    assert read_checkpoint(tmp_path/'checkpoints'/'best.safetensors')['place']['train_iter'] == at
+
+def test_parts_of_the_loss_are_to_be_small(tmp_path):
+    learn = noisy_learner(tmp_path)
+    learn.loss_func.parts = dict(push_s0=torch.zeros(()))
+    for monitor,smaller in dict(push_s0=True, valid_loss=True, AP=False).items():
+        checkpoint = Checkpoint(monitor=monitor)
+        checkpoint.learn = learn
+        assert checkpoint._smaller() == smaller
+
+@pytest.mark.parametrize('keep', [0, -1])
+def test_at_least_one_stays(keep):
+    with pytest.raises(ValueError, match=f'keep={keep}: at least 1 checkpoint must stay'): Checkpoint(keep=keep)
+
 def test_how_many_stay(tmp_path):
     for keep,names in ((2, [13, 14]), (1, [14]), (None, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14])):
         train_here(tmp_path/str(keep), iters=1, options=dict(keep=keep))
@@ -380,6 +497,22 @@ def test_a_folder_is_of_one_run(tmp_path):
         shutil.copy(tmp_path/'checkpoints'/'checkpoint_0000007.safetensors', tmp_path/'early.safetensors')
         noisy_learner(tmp_path).resume(tmp_path/'early.safetensors').fit(2, cbs=Checkpoint(tmp_path/'checkpoints'))
     with pytest.raises(ValueError, match="monitor='AP': the Recorder has train_loss, valid_loss"): noisy_learner(tmp_path).fit(1, cbs=Checkpoint(tmp_path/'new', monitor='AP'))
+
+def test_monitor_of_evaluations(tmp_path):
+    with pytest.raises(ValueError, match="monitor='train_loss': each evaluation has valid_loss, distance"):
+        noisy_learner(tmp_path).fit(1, cbs=[EvalEvery(iters=2), Checkpoint(monitor='train_loss')])
+
+def test_damaged_latest_one(tmp_path, whole, capsys):
+    with pytest.raises(ArithmeticError): train_here(tmp_path, Happen(11, 'after_loss', raise_it(ArithmeticError('here'))))
+    latest = latest_checkpoint(folder := tmp_path/'checkpoints')
+    assert latest.stem == 'checkpoint_0000011'
+    latest.write_bytes(latest.read_bytes()[:1000])
+    with pytest.raises(ValueError, match='checkpoint_0000011.* is damaged, .*Remove it to go on from an older one'): noisy_learner(tmp_path).resume(latest)
+    assert_same(whole, result(train_here(tmp_path, options=dict(keep=1))))
+    assert 'checkpoint_0000011.safetensors (1000 bytes) is damaged' in capsys.readouterr().out
+    assert sorted(p.name for p in folder.iterdir()) == ['checkpoint_0000011.damaged', 'checkpoint_0000014.safetensors']
+    for p in list_checkpoints(folder): p.write_bytes(b'')
+    with pytest.raises(ValueError, match='is damaged'): train_here(tmp_path)
 
 def test_another_training(tmp_path):
     with pytest.raises(ArithmeticError): train_here(tmp_path, Happen(9, 'after_loss', raise_it(ArithmeticError('here'))))
@@ -467,6 +600,15 @@ def test_blue_first():
     for a,b in zip(net(x), source(x.flip(1))): torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
     with pytest.raises(ValueError, match='no convolution of 3 channels'): load_matching(nn.Linear(2, 2), nn.Linear(2, 2).state_dict(), bgr=True)
     with pytest.raises(ValueError, match='No tensor of the model is in the weights'): load_matching(nn.ModuleDict(dict(other=nn.Linear(2, 2))), source.state_dict())
+
+def test_checkpoint_of_a_compiled_module(tmp_path):
+    learn = noisy_learner(tmp_path)
+    learn.model = torch.compile(learn.model, backend='eager')
+    learn.fit_schedule(1, 1e-2, 'flat', cbs=[EMA(.1), Checkpoint()])
+    report = load_matching(net := small_net(), tmp_path/'checkpoints')
+    assert not report.missing and not report.unused
+    for k,v in net.state_dict().items(): assert torch.equal(v, learn.model._orig_mod.state_dict()[k]), k        # the average
+    assert any(not torch.equal(v, net.state_dict()[k]) for k,v in checkpoint_weights(tmp_path/'checkpoints', average=False).items())
 
 def test_checkpoints_are_weights(tmp_path):
     learn = train_here(tmp_path, EMA(.1))

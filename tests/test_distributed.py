@@ -115,10 +115,10 @@ class Steps(Callback):
         self.log.append(((sum_over_ranks(self.loss)/ranks()[1]).item(), sum(seen.values(), [])))
     def before_batch(self): self.seen = self.yb[1]
 
-def learner(norm, bs, n=50, workers=0, drop_last=True, **kwargs):
+def learner(norm, bs, n=50, workers=0, drop_last=True, n_valid=21, **kwargs):
     torch.manual_seed(3*ranks()[0])
     loaders = (EpochDL(TensorDataset(*images(n, 1)), bs=bs, shuffle=True, drop_last=drop_last, num_workers=workers),
-               DataLoader(TensorDataset(*images(21, 2)), bs=bs))
+               DataLoader(TensorDataset(*images(n_valid, 2)), bs=bs))
     dls = DataLoaders(*loaders, device=setup_rank())
     dls.n_inp = 1
     return Learner(dls, Net(norm, **kwargs), Loss(), opt_func=SGD, lr=.05, metrics=lambda p,y,i: (p - y).abs().mean())
@@ -146,7 +146,10 @@ def everything(bs):
                frozen=trained(nn.BatchNorm2d(6), bs, cbs=[Frozen()]), batch=trained(nn.BatchNorm2d(6), bs, seed=5),
                unused=trained(nn.GroupNorm(2, 6), bs, epochs=1, unused=True, ddp=dict(find_unused_parameters=True)),
                ragged=trained(nn.GroupNorm(2, 6), bs, epochs=1, n=53, drop_last=False),
+               few=trained(nn.GroupNorm(2, 6), bs, epochs=1, n_valid=1),
                bar=trained(nn.GroupNorm(2, 6), bs, epochs=1, quiet=False))
+    from accelerate.utils import DDPCommunicationHookType
+    out['fp16'] = trained(nn.GroupNorm(2, 6), bs, epochs=1, ddp=dict(comm_hook=DDPCommunicationHookType.FP16))
     if setup_rank().type == 'cuda': out['sync'] = trained(nn.BatchNorm2d(6), bs, ddp=dict(sync_bn=True))
     learn = learner(nn.GroupNorm(2, 6), bs)
     with distributed(learn):
@@ -154,7 +157,7 @@ def everything(bs):
         out['shared'] = gather_results({i: ranks()[0] for i in share(range(9))})
         out['doubled'] = gather_results({1: ranks()[0], 4-ranks()[0]: 'x'})
         try: on_rank0(fails, 1)
-        except ValueError as e: out['error'] = list(gather_results({ranks()[0]: str(e)}).values())
+        except ValueError as e: out['error'] = list(gather_results({ranks()[0]: f'{e} {getattr(e, "on_all_ranks", ranks()[1] == 1)}'}).values())
         if ranks()[1] > 1 and setup_rank().type == 'cpu':
             try:
                 with distributed(learn, sync_bn=True): pass
@@ -213,11 +216,15 @@ def launch(launcher, *args):
 # ---------------------------------------------------------------- two processes, one result
 
 def check_everything(one, two, tolerance=1e-5):
-    for case in ('group', 'workers', 'frozen', 'unused'):
+    for case in ('group', 'workers', 'frozen', 'unused', 'few'):                          # few: one rank has nothing to validate
         a,b = one[case],two[case]
         assert a['images'] == b['images'], case                                       # the same common batches
         np.testing.assert_allclose(b['losses'], a['losses'], rtol=0, atol=tolerance, err_msg=case)
         np.testing.assert_allclose(b['rows'], a['rows'], rtol=0, atol=tolerance, err_msg=case)   # smoothed, validation and metric: 21 images on two ranks
+    exact,rounded = one['fp16']['losses'],two['fp16']['losses']                           # gradients travel as float16
+    np.testing.assert_allclose(rounded, exact, rtol=0, atol=1e-3)
+    without = two['group']['losses'][:len(rounded)]
+    assert np.abs(np.subtract(rounded, without)).max() > 3*np.abs(np.subtract(exact, without)).max()
     np.testing.assert_allclose(two["validate"], one["validate"], rtol=0, atol=tolerance)
     first,second = two['group']['images'][:3],two['group']['images'][3:]
     assert all(len(set(sum(e, []))) == 48 for e in (first, second)) and first != second     # every epoch another order, nothing twice
@@ -231,7 +238,7 @@ def check_everything(one, two, tolerance=1e-5):
     assert two['shared'] == {str(i): i % 2 for i in range(9)}
     assert one['met'] == [1, 1] and two['met'] == [2, 1]
     assert two['doubled'] == {'1': 0, '3': 'x', '4': 'x'}
-    assert two['error'] == ['only rank 0 knows']*2
+    assert two['error'] == ['only rank 0 knows True']*2
 
 @pytest.mark.parametrize('launcher', launchers)
 def test_two_processes(launcher, job, single, tmp_path):

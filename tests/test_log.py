@@ -10,6 +10,7 @@ from fastai.callback.schedule import LRFinder
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import AvgSmoothLoss, Learner
+from posenb.callbacks import Precision
 from posenb.log import (CSVFile, DeviceSmoothLoss, EventLog, JSONLines, LiveView, MemoryStats, Profile, TensorBoard, Terminal, WandB,
                         Writer, one_line, plot_log, read_log)
 
@@ -219,6 +220,12 @@ def test_other_callbacks_put(tmp_path):
     learn.fit(1, cbs=[log, Norm()])
     assert [l['norm'] for l in read_log(tmp_path/'metrics.jsonl') if 'norm' in l] == [3, 7]
     with pytest.raises(KeyError, match='total_loss'): log.latest('nrom')
+
+def test_scale_of_the_gradients(tmp_path):
+    learn,lines = tiny(tmp_path),Lines()
+    learn.fit(1, cbs=[precision := Precision('fp16', init_scale=2.**40, growth_interval=10**6), EventLog(every=2, writers=[lines], health=False)])
+    scales = [l['grad_scale'] for l in lines.lines if 'grad_scale' in l]
+    assert len(scales) == 4 and scales[-1] == precision.scaler.get_scale() and sorted(scales, reverse=True) == scales and scales[-1] < 2**40
 
 def test_health_line_comes_once(tmp_path, capsys):
     tiny(tmp_path).fit(3, cbs=EventLog(writers=[]))

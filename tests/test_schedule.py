@@ -186,10 +186,18 @@ def test_continued_run_has_the_same_rates():
         tiny().fit_schedule(3, .01, 'multistep', steps=[1, 2.5], warmup=.5, cbs=again)
         for i in range(start, 24): assert again.seen[i] == rates.seen[i]
 
+def test_param_groups_and_schedule_mean_the_same_factors():
+    from functools import partial
+    from posenb.callbacks import TorchOptimizer, param_groups
+    learn = tiny()
+    learn.splitter,learn.opt_func = partial(param_groups, lr_factors={'^0': .1}),partial(TorchOptimizer, opt=torch.optim.SGD)
+    learn.fit_schedule(1, .02, 'flat', cbs=(rates := Rates()))
+    same(sorted(set(rates.seen[3])), [.002, .02])
+
 def test_lr_factors_of_groups():
     learn = tiny()
     learn.create_opt()
-    learn.opt.set_hyper('lr_factor', [.1, 1.])
+    learn.opt.set_hyper('lr_mult', [.1, 1.])
     same(group_lrs(learn.opt, .02), [.002, .02])
     same(group_lrs(learn.opt, .02), [.002, .02])                  # and again: it does not accumulate
     same(group_lrs(learn.opt, [.5, .25]), [.5, .25])
