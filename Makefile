@@ -1,6 +1,6 @@
 # make train    a small network learns to find drawn people: about ten minutes on two cores, no GPU
 # make test     every notebook and every test
-# make check    notebooks and modules agree
+# make check    notebooks, modules and README.md agree
 # make bench    how fast each part is on this machine
 # make bench-overfit   sixteen real images learned by heart, about fifteen minutes; DATA=folder of COCO data
 # PYTHON=python3.12 make ... picks the interpreter for the environment
@@ -26,6 +26,7 @@ test: $(VENV)/.installed
 
 check: $(VENV)/.installed
 	$(BIN)/nbdev_export && $(BIN)/nbdev_clean && git diff --exit-code -- posenb nbs
+	$(BIN)/python .ci/readme.py && git diff --exit-code -- README.md nbs/images
 
 bench: $(VENV)/.installed
 	$(BIN)/posenb_bench

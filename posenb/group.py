@@ -368,6 +368,14 @@ def _check_maps(heat, tags, skeleton):
     full = shape + tag_shape[3:]
     return heat, np.broadcast_to(tags, full) if isinstance(tags, np.ndarray) else tags.expand(full)
 
+# %% ../nbs/07_group.ipynb #3a70e21d
+def _only_in(region, maps):
+    "The maps with 0 outside of the region (x0, y0, x1, y1)"
+    x0,y0,x1,y1 = region
+    inside = maps*0
+    inside[:, y0:y1, x0:x1] = maps[:, y0:y1, x0:x1]
+    return inside
+
 # %% ../nbs/07_group.ipynb #f020ba6c
 def group(
     heat,                   # (K, H, W) heatmaps of one image: NumPy, or a tensor on any device
@@ -383,7 +391,8 @@ def group(
     nms_kernel=5,           # window of the non-maximum suppression in pixels, odd
     solver='scipy',         # 'munkres': the same people as the original code, ties included
     convention='original',  # 'unbiased': Gaussians drawn between the pixels; no half pixel added, one peak a plateau
-    refine_threshold=None   # `refine` takes joints with tags nearer than this; None: any, with 'unbiased' those nearer than `tag_threshold`
+    refine_threshold=None,  # `refine` takes joints with tags nearer than this; None: any, with 'unbiased' those nearer than `tag_threshold`
+    region=None             # (x0, y0, x1, y1): joints are looked for at pixels from (x0, y0) up to and without (x1, y1); None: everywhere
 ): # poses (P, K, 3+T) float32: x, y in pixels of the maps, height, tag; scores (P,) float32
     "The people in the maps"
     _check_one_of(convention, 'convention', ('original', 'unbiased'))
@@ -391,11 +400,12 @@ def group(
     if max_people < 1: raise ValueError(f'max_people: 1 or more is needed, got {max_people}')
     if detection_threshold < 0: raise ValueError(f'detection_threshold: 0 or more is needed, as 0 stands for a joint not found; got {detection_threshold}')
     heat,tags = _check_maps(heat, tags, skeleton)
-    peaks,unbiased = nms(heat, nms_kernel),convention == 'unbiased'
+    peaks,inner,unbiased = nms(heat, nms_kernel),heat,convention == 'unbiased'
+    if region is not None: peaks,inner = (_only_in(region, maps) for maps in (peaks, heat))
     if solver == 'munkres' and not unbiased: val_k,loc_k,tag_k = _top_k_torch(peaks, tags, max_people)
     else: val_k,loc_k,tag_k = top_k(peaks, tags, max_people, detection_threshold, nms_kernel//2 if unbiased else 0)
     xy_k = adjust_peaks(heat, np.arange(skeleton.n)[:, None], loc_k, convention) if adjust else loc_k
     poses = match_by_tag(val_k, xy_k, tag_k, skeleton.order, detection_threshold, tag_threshold, max_people, use_detection_val, ignore_too_much, solver)
     scores = poses[..., 2].mean(1)
     if unbiased and refine_threshold is None: refine_threshold = tag_threshold
-    return refine_poses(poses, heat, tags, convention, refine_threshold) if refine else poses, scores
+    return refine_poses(poses, inner, tags, convention, refine_threshold) if refine else poses, scores

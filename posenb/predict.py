@@ -289,14 +289,27 @@ def maps(self:Predictor,
 
 # %% ../nbs/08_predict.ipynb #fd077910
 @patch
+def shown(self:Predictor,
+    size,    # (width, height) of an image
+    map_size # (width, height) of its maps
+): # (x0, y0, x1, y1)
+    "The pixels of the maps that show the image, and one more on each side"
+    base,edges = self.sizes_of(size)[0],np.array([[-.5, -.5], np.array(size) - .5])
+    edges = transform_points(edges, resize_matrix(*size, base, convention=self.convention))
+    (x0,y0),(x1,y1) = transform_points(edges, stretch_matrix(base, map_size, self.convention))
+    return tuple(max(0, n) for n in (int(np.ceil(x0)) - 1, int(np.ceil(y0)) - 1, int(x1) + 2, int(y1) + 2))
+
+# %% ../nbs/08_predict.ipynb #cff4003e
+@patch
 def people(self:Predictor,
     heat, tags, # from `maps`
     size        # (width, height) of the image
 )->People:
     "Group the maps, and take what was found back to the image"
-    poses,scores = group(heat, tags, self.skeleton, convention=self.convention, **self.group_args)
-    base = self.sizes_of(size)[0]
-    poses = transform_points(poses, stretch_matrix(heat.shape[:0:-1], base, self.convention))
+    map_size,base = heat.shape[:0:-1],self.sizes_of(size)[0]
+    region = self.shown(size, map_size) if self.convention == 'unbiased' else None
+    poses,scores = group(heat, tags, self.skeleton, convention=self.convention, **{'region':region, **self.group_args})
+    poses = transform_points(poses, stretch_matrix(map_size, base, self.convention))
     poses = transform_points(poses, resize_matrix(*size, base, inverse=True, convention=self.convention)).astype(np.float32)
     return People(poses[..., :3], scores, poses[..., 3:])
 

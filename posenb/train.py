@@ -60,7 +60,7 @@ class Recipe:
     bs:int=16                      # images in a batch of each process
     workers:int=1                  # processes that read and warp images
     exif:bool=True                 # turn images as their EXIF orientation says; the original does not
-    epochs:int=20                  # passes through the training images
+    epochs:int=24                  # passes through the training images
     optimizer:str='muon'           # adam (AdamW) or muon
     lr:float=2.4e-2                # largest learning rate
     wd:float=1e-2                  # weight decay, relative to the learning rate

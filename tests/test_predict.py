@@ -362,3 +362,22 @@ def test_network_in_bfloat16():
     image = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
     want,found = (Predictor(net, size=64).maps(image)[0] for net in (model, fuse_bn(model).bfloat16()))
     assert found.dtype == torch.float32 and (found - want).abs().max() < .05*want.abs().max()
+
+class Everywhere(Drawn):
+    "A joint of everybody at each eighth pixel, also beyond the image"
+    def forward(self, x):
+        B,_,H,W = x.shape
+        heat = torch.zeros(B, 17, H//2, W//2)
+        heat[:, :, 4::8, 4::8] = .8
+        return [torch.cat([torch.nn.functional.avg_pool2d(heat, 2)*4, torch.zeros(B, 17, H//4, W//4)], 1), heat]
+
+@pytest.mark.parametrize('project2image', [True, False])
+@pytest.mark.parametrize('width,height', [(100, 64), (64, 100), (70, 64)])
+def test_nobody_beyond_the_image(width, height, project2image):
+    "The input is 128 pixels long and shows black at both ends of the image; the original looks there too"
+    image = np.zeros((height, width, 3), np.uint8)
+    def places(convention):
+        people = Predictor(Everywhere(), size=64, convention=convention, project2image=project2image, flip=False)(image)
+        return people.keypoints[people.keypoints[..., 2] > 0][:, :2]
+    inside = lambda xy: ((xy > -2) & (xy < np.array([width, height]) + 1)).all()
+    assert len(places('unbiased')) and inside(places('unbiased')) and not inside(places('original'))
