@@ -40,7 +40,7 @@ def main():
     parser.add_argument('--size', type=int, default=448, help='side of the input in training; it begins with half of it')
     parser.add_argument('--test_size', type=int, default=384, help='short side of an image in the test')
     parser.add_argument('--lr', type=float, default=2e-2)
-    parser.add_argument('--epochs', type=int, default=67, help='of 50 batches, after 10 at half the size')
+    parser.add_argument('--epochs', type=int, default=60, help='of 50 batches, after 10 at half the size')
     parser.add_argument('--bar', type=float, default=.8, help='AP to be reached')
     args = parser.parse_args()
     set_seed(0)
@@ -51,7 +51,7 @@ def main():
         learn = pose_learner(small, 'tiny', loss_func=loss, opt_func=muon, path=folder, ap_every=20, cbs=training_callbacks(), predictor_args=dict(detection_threshold=.5))
         start = time.perf_counter()
         learn.fit_schedule(10, args.lr, sched='flat', warmup=1, wd=0)     # what a joint looks like is learned in small images
-        learn.dls = large  # and where it is in large ones
+        learn.dls = large                                                 # and where it is in large ones
         learn.fit_schedule(args.epochs, args.lr, sched='cosine', warmup=1, wd=0)
         minutes = (time.perf_counter() - start)/60
         stats = learn.evaluate()
