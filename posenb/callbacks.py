@@ -234,16 +234,16 @@ class EvalEvery(FastCallback):
         iters=None # training iterations between evaluations, in place of epochs
     ):
         if (n := epochs if iters is None else iters) < 1: raise ValueError(f'EvalEvery: at least 1 epoch or iteration, not {n}')
-        self.epochs,self.iters,self.rows,self.loaded = epochs,iters,[],None
+        self.epochs,self.iters,self.rows,self.loaded,self.owed = epochs,iters,[],None,None
         self.trained = self.skipped = self.forwarded = self.at_end = False
 
-    def before_fit(self): self.rows,self.trained,self.at_end = [],False,False
+    def before_fit(self): self.rows,self.owed,self.trained,self.at_end = [],None,False,False
     def before_train(self):
         self.trained = True
-        if self.loaded: self.rows = self.loaded['rows']
+        if self.loaded: self.rows,self.owed = self.loaded['rows'],self.loaded.get('owed')
         self.loaded = None
 
-    def state_dict(self): return dict(rows=self.rows)
+    def state_dict(self): return dict(rows=self.rows, owed=self.owed)
     def load_state_dict(self, state): self.loaded = state
 
 # %% ../nbs/12_callbacks.ipynb #2eb46af6
@@ -278,7 +278,8 @@ def after_cancel_validate(self:EvalEvery):
 
 @patch
 def list_row(self:EvalEvery, values):
-    "Adds an evaluation to `rows`"
+    "Adds an evaluation to `rows`; what a resumed training measures again takes the old one's place"
+    self.rows = [row for row in self.rows if row['iteration'] < self.train_iter]
     self.rows.append(dict(epoch=self.epoch, iteration=self.train_iter, **dict(zip(self.columns(), values))))
 
 @patch
@@ -294,6 +295,9 @@ def after_loss(self:EvalEvery): self.forwarded = True
 @patch
 def after_batch(self:EvalEvery):
     if self.iters and self.training and self.forwarded and self.train_iter % self.iters == 0: self.evaluate()
+@patch
+def after_resume(self:EvalEvery):
+    if self.owed == self.train_iter: self.evaluate()
 
 # %% ../nbs/12_callbacks.ipynb #7acdc3e3
 _kept = 'dl iter n_iter xb yb pred loss loss_grad training'.split()
@@ -305,10 +309,11 @@ def evaluate(self:EvalEvery):
     learn,recorder,bar = self.learn,self.learn.recorder,getattr(self.learn, 'progress', None)
     kept,modes = {k: vars(learn)[k] for k in _kept if k in vars(learn)},[(m, m.training) for m in learn.model.modules()]
     log,pbar,random_states = recorder.log,getattr(bar, 'pbar', None),get_random_states()
-    recorder.log,self.trained = type(log)(),False
+    recorder.log,self.trained,self.owed = type(log)(),False,self.train_iter
     try:
         learn._do_epoch_validate()
         self.list_row(recorder.log)
+        self.owed = None
     finally:
         recorder.log,recorder.cancel_valid,self.trained = log,False,True
         vars(learn).update(kept)

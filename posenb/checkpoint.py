@@ -358,8 +358,9 @@ def _rest_of_epoch(learn, at):
     if skip: del dl.get_idxs
     if 'i' in vars(dl): dl.i += skip*(dl.bs or 1)             # fastai's `DistributedDL` counts samples
     set_random_state(at['now'])
-    learn.pct_train = at['pct_train']
+    learn.pct_train,learn.iter = at['pct_train'],done-1
     for m,s in zip(learn.metrics, at['metrics'] or []): _set_metric_state(m, s)
+    _tell(learn, 'after_resume')
     yield from batches
 
 # %% ../nbs/13_checkpoint.ipynb #b6c85ca9
@@ -543,6 +544,12 @@ def after_batch(self:Checkpoint):
     self.judge(self.value_now())
     self.write_due()
     if stop := self.agreed(): self.leave(stop)
+
+@patch
+def after_resume(self:Checkpoint):
+    self.mark(self.epoch, self.iter+1)
+    self.judge(self.value_now())
+    self.write_due()
 
 # %% ../nbs/13_checkpoint.ipynb #55738b82
 @patch

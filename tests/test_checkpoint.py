@@ -173,11 +173,13 @@ def test_killed_twenty_times(tmp_path_factory, kind, workers, ranks):
 
 class Happen(Callback):
     "Calls a function of the learner at an event of an iteration"
-    def __init__(self, at, event, f, order=55):
-        self.at,self.f,self.order = at,f,order
+    def __init__(self, at, event, f, order=55, again=False):
+        self.at,self.f,self.order,self.again = at,f,order,again
         setattr(self, event, self.happen)
     def happen(self):
-        if self.train_iter == self.at: self.at = None; self.f(self.learn)
+        if self.train_iter != self.at: return
+        if not self.again: self.at = None
+        self.f(self.learn)
 
 def train_here(folder, *cbs, iters=5, epochs=2, options={}, **kwargs):
     "A training in this process, which goes on if there is something to go on with"
@@ -284,6 +286,23 @@ def test_failed_evaluation_within_an_epoch(tmp_path, whole, iters):
     ended = result(train_here(tmp_path, *cbs()))
     for k in plain['weights']: assert torch.equal(plain['weights'][k], ended['weights'][k]), k
 
+@pytest.mark.parametrize('at', [3, 6])
+def test_a_failed_evaluation_is_made_up_for(tmp_path, at):
+    "The weights are those after the step; what was to be known of them is measured when the training goes on, and may be the best"
+    def fail(learn):
+        if not learn.training: raise MemoryError('full')
+    def train(folder, *cbs):
+        often = EvalEvery(iters=3)
+        learn = train_here(folder, often, EMA(.1), *cbs, options=dict(monitor='valid_loss'))
+        return dict(result(learn), rows=often.rows, best=checkpoint_weights(folder/'checkpoints'/'best.safetensors'))
+    plain = train(tmp_path/'plain')
+    with pytest.raises(MemoryError): train(tmp_path/'with', Happen(at, 'after_pred', fail, again=True))
+    assert read_checkpoint(tmp_path/'with'/'checkpoints')['place']['train_iter'] == at
+    ended = train(tmp_path/'with')
+    assert_same(plain, ended)
+    assert plain['rows'] == ended['rows']
+    for k,w in plain['best'].items(): assert torch.equal(w, ended['best'][k]), k
+
 @pytest.mark.parametrize('at', [2, 8])
 def test_out_of_memory_within_the_forward(tmp_path, whole, at):
     "Statistics of batch normalisation have moved already"
@@ -295,7 +314,8 @@ def test_out_of_memory_within_the_forward(tmp_path, whole, at):
 cases = dict(
     sgd=dict(opt_func=partial(OptimWrapper, opt=partial(torch.optim.SGD, momentum=.9))), adamw=dict(opt_func=partial(OptimWrapper, opt=torch.optim.AdamW)),
     accumulated=dict(make=lambda: [Accumulate(3)]), averaged=dict(make=lambda: [EMA(.1, fast_start=True)]), bf16=dict(make=lambda: [Precision('bf16')]),
-    fp16=dict(make=lambda: [Precision('fp16', init_scale=2.**20, growth_interval=3)]), often=dict(make=lambda: [EvalEvery(iters=3), EMA(.1)]),
+    fp16=dict(make=lambda: [Precision('fp16', init_scale=2.**20, growth_interval=3)]),
+    often=dict(make=lambda: [EvalEvery(iters=3), EMA(.1)]), between=dict(make=lambda: [EvalEvery(iters=2), Accumulate(3)]),
     early=dict(make=lambda: [EarlyStoppingCallback('valid_loss', min_delta=10., patience=1)]), train_metrics=dict(train_metrics=True),
     torch_loader=dict(loader=lambda *args, **kwargs: torch.utils.data.DataLoader(*args, 4, generator=torch.Generator().manual_seed(3), **kwargs)))
 
