@@ -625,6 +625,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'posenb.learner.PoseLearner.metrics': ('learner.html#poselearner.metrics', 'posenb/learner.py'),
                                 'posenb.learner.PoseLearner.predictor': ('learner.html#poselearner.predictor', 'posenb/learner.py'),
                                 'posenb.learner.PoseLearner.show_results': ('learner.html#poselearner.show_results', 'posenb/learner.py'),
+                                'posenb.learner._alone': ('learner.html#_alone', 'posenb/learner.py'),
                                 'posenb.learner._to_input': ('learner.html#_to_input', 'posenb/learner.py'),
                                 'posenb.learner.pose_dls': ('learner.html#pose_dls', 'posenb/learner.py'),
                                 'posenb.learner.pose_learner': ('learner.html#pose_learner', 'posenb/learner.py')},

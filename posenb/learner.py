@@ -7,6 +7,7 @@ __all__ = ['adam', 'muon', 'PoseDL', 'pose_dls', 'LossPart', 'AP', 'PoseLearner'
 
 # %% ../nbs/15_learner.ipynb #b43c7455
 import random, torch
+from copy import copy
 from functools import partial
 from pathlib import Path
 from fastcore.basics import ifnone, patch
@@ -16,6 +17,8 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner, Metric
 from fastai.optimizer import OptimWrapper
+from fastai.torch_core import default_device
+from .callbacks import bare_model
 from .dataset import PoseDataset, find_coco, pose_collate, worker_init
 from .distributed import gather_results, on_rank0, share
 from .evaluate import pose_ap
@@ -70,7 +73,7 @@ def pose_dls(
     train='train2017',        # split to train on
     valid='val2017',          # split to evaluate on
     seed=0,                   # of order and augmentation
-    device=None,              # fastai's default device if None
+    device=None,              # where batches and network go; if None fastai's default device: a GPU where there is one
     **kwargs                  # further arguments of `PoseDataset`, for training
 ): # fastai `DataLoaders`; beside them `.skeleton`, `.convention`, `.test_size`, `.with_center` and `.test`, the `PoseDataset` of all validation images
     "Loaders of training and validation data from a folder"
@@ -82,7 +85,7 @@ def pose_dls(
     valid_ds = PoseDataset(*find_coco(path, valid), skeleton=skeleton, **common, **{**kwargs, **whole, 'jitter':None})
     targets = PoseTargets(train_ds.affine.out_sizes, skeleton.n + train_ds.with_center, sigma=sigma, tag_per_joint=tag_per_joint, convention=convention)
     loader = partial(PoseDL, targets=targets, bs=bs, seed=seed, num_workers=workers, pin_memory=torch.cuda.is_available())
-    dls = DataLoaders(loader(train_ds, shuffle=True, drop_last=len(train_ds) >= bs), loader(valid_ds), device=device)
+    dls = DataLoaders(loader(train_ds, shuffle=True, drop_last=len(train_ds) >= bs), loader(valid_ds), device=default_device() if device is None else device)
     dls.skeleton,dls.test_size,dls.convention,dls.with_center,dls.n_inp = skeleton,test_size or size,convention,train_ds.with_center,1
     dls.test = PoseDataset(*find_coco(path, valid), skeleton=skeleton, train=False, exif=valid_ds.exif, category=valid_ds.category['name'])
     return dls
@@ -148,6 +151,13 @@ class AP(Metric):
         return self.stats['AP']
 
 # %% ../nbs/15_learner.ipynb #6dc2c804
+def _alone(model):
+    "The network with the same weights, without what training has put around its `forward`"
+    model = copy(bare_model(model))              # a copy is not compiled
+    vars(model).pop('forward', None)
+    return model
+
+# %% ../nbs/15_learner.ipynb #7849aefe
 class PoseLearner(Learner):
     "A `Learner` that can find people with its network"
     predictor_args = {}
@@ -162,7 +172,7 @@ class PoseLearner(Learner):
     ): # `Predictor`
         "The network as a function from an image to people"
         of_data = dict(skeleton=self.dls.skeleton, size=self.dls.test_size, convention=self.dls.convention, with_center=self.dls.with_center)
-        return Predictor(self.model.to(self.dls.device), **{**of_data, **self.predictor_args, **kwargs})
+        return Predictor(_alone(self.model.to(self.dls.device)), **{**of_data, **self.predictor_args, **kwargs})
 
     def evaluate(self,
         **kwargs # arguments of `Predictor`

@@ -13,11 +13,11 @@ from fastai.data.load import DataLoader
 from fastai.learner import Learner, Recorder
 from fastai.optimizer import Adam, OptimWrapper
 from posenb import checkpoint
-from posenb.callbacks import EMA, Accumulate, CheckFinite, EvalEvery, PreciseBN, Precision, SavePictures
+from posenb.callbacks import EMA, Accumulate, ChannelsLast, CheckFinite, ClipGrad, EvalEvery, PreciseBN, Precision, SavePictures, reproducible
 from posenb.checkpoint import (Checkpoint, checkpoint_weights, latest_checkpoint, list_checkpoints, load_matching, match_names, read_checkpoint,
                                write_checkpoint)
 from posenb.distributed import distributed
-from posenb.learner import pose_dls, pose_learner
+from posenb.learner import adam, muon, pose_dls, pose_learner
 from posenb.log import EventLog, JSONLines, read_log
 from posenb.model import HigherHRNet, backbone_layers, higher_hrnet
 from posenb.schedule import *
@@ -351,6 +351,26 @@ def test_pictures_while_training(tmp_path):
     with pytest.raises(MemoryError): train(tmp_path/'with', pictures(), Happen(7, 'after_loss', raise_it(MemoryError('full'))))
     assert_same(plain, train(tmp_path/'with', pictures()))
     assert [p.name for p in sorted((tmp_path/'with'/'pictures').iterdir())] == ['iteration_0000010.png', 'iteration_0000014.png']
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.parametrize('dtype,opt_func,compiled', [(None, adam, False), ('bf16', muon, False), ('fp16', adam, False), ('bf16', adam, True)])
+def test_to_the_bit_on_a_gpu(tmp_path, dtype, opt_func, compiled):
+    "With `reproducible()`; without it float32 differs from run to run"
+    def train(folder, *cbs):
+        dls = pose_dls(here.parent/'data'/'synth', size=128, bs=4, workers=2, device='cuda')
+        torch.manual_seed(0)
+        every = [ChannelsLast(), EMA(.05), ClipGrad(1.), CheckFinite(), *([Precision(dtype)] if dtype else []), Checkpoint(iters=2, resume=True)]
+        learn = quiet(pose_learner(dls, 'tiny', opt_func=opt_func, path=folder, ap_every=0, cbs=every))
+        if compiled: learn.model.compile()
+        learn.fit_schedule(2, 5e-3, 'cosine', cbs=cbs)
+        return {k: v.cpu() for k,v in result(learn).items() if k == 'losses'} | {k: v.cpu() for k,v in learn.model.state_dict().items()}
+    try:
+        reproducible(0)
+        whole = train(tmp_path/'whole')
+        with pytest.raises(MemoryError): train(tmp_path, Happen(7, 'after_batch', raise_it(MemoryError('full')), order=200))
+        ended = train(tmp_path)
+    finally: reproducible(0, on=False)
+    for k in whole: assert torch.equal(whole[k], ended[k]), k
 
 @pytest.mark.parametrize('workers', [0, 2])
 def test_second_pass_leaves_the_samples_alone(tmp_path, workers):

@@ -248,6 +248,28 @@ def test_two_processes(launcher, job, single, tmp_path):
     assert 'GPUs only' in two['sync_bn']
     assert len(re.findall('train_loss', done.stdout)) == 1, done.stdout               # one table, rank 0's
 
+SHARED = '''
+import os
+os.environ['LOCAL_RANK'] = '0'
+import torch
+from accelerate import PartialState
+if os.environ['WORLD_SIZE'] == '2':
+    torch.cuda.set_device(0)
+    PartialState(backend='gloo')
+'''
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_two_processes_share_a_gpu(tmp_path):
+    "Over gloo, as NCCL wants a GPU for each rank; batch normalisation over both"
+    (tmp_path/'job.py').write_text(SHARED + JOB)
+    for n in (1, 2):
+        command = map(str, [bin/'torchrun', '--standalone', '--nproc_per_node', n, tmp_path/'job.py', 'everything', tmp_path/f'{n}.json'])
+        done = subprocess.run(list(command), env=environment(cpu='false'), capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    one,two = (json.loads((tmp_path/f'{n}.json').read_text()) for n in (1, 2))
+    check_everything(one, two)
+    np.testing.assert_allclose(two['sync']['losses'], one['sync']['losses'], rtol=0, atol=1e-5)
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two GPUs')
 def test_two_gpus(job, tmp_path):
     "NCCL, and batch normalisation over both ranks"

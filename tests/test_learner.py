@@ -1,6 +1,8 @@
 "The learner: other skeletons and datasets, what its pictures show, when AP is taken, and processes without a share"
 import json, os, shutil, subprocess, sys
 import numpy as np, pytest, torch
+from fastai.torch_core import default_device
+from posenb.callbacks import EMA, Precision
 from posenb.learner import AP, pose_dls, pose_learner
 from posenb.synthetic import synth_people
 
@@ -36,6 +38,26 @@ def test_the_centre_is_a_joint_of_the_network_and_not_of_the_people(synth):
     assert learn.model(dls.one_batch()[0].cpu())[1].shape[1] == 18 and learn.recorder.values[0][-1] >= 0
     assert learn.results and len(learn.results[0]['keypoints']) == 3*17
     assert len(dls.show_batch(max_n=1)) == 3
+
+def test_batches_and_network_are_where_fastai_says(synth):
+    "On a GPU, where there is one"
+    dls = small(synth)
+    assert dls.device == dls.train.device == dls.valid.device == default_device()
+    assert small(synth, device='meta').train.device == torch.device('meta')
+
+def test_people_are_looked_for_with_the_network_alone(synth):
+    "AP within a training in bfloat16 is that of the weights it leaves"
+    learn = pose_learner(small(synth, bs=8), 'tiny', cbs=[Precision('bf16'), EMA(.5)], predictor_args=dict(detection_threshold=0., max_people=2))
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 3e-3)
+    within = learn.results
+    assert within and learn.evaluate() == pytest.approx(learn.metrics[-1].stats, nan_ok=True) and learn.results == within
+
+def test_nothing_is_compiled_for_the_sizes_of_test_images(synth):
+    def compiler(graph, inputs): raise AssertionError('compiled')
+    learn = pose_learner(small(synth), 'tiny')
+    learn.model.compile(backend=compiler)
+    learn.predictor()(learn.dls.test.image(0))
+    with pytest.raises(Exception, match='compiled'): learn.model(torch.zeros(1, 3, 64, 64))
 
 # ---------------------------------------------------------------- pictures
 
