@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['archs', 'backbone_layers', 'Loaded', 'conv_bn', 'BasicBlock', 'Bottleneck', 'fuse_layer', 'HRModule', 'transition',
            'HRNet', 'deconv_layer', 'init_weights', 'HigherHRNet', 'read_weights', 'load_weights', 'save_weights',
-           'read_metadata', 'higher_hrnet', 'fuse_bn']
+           'read_metadata', 'higher_hrnet', 'ConvReLU', 'FusedBlock', 'fuse_bn']
 
 # %% ../nbs/05_model.ipynb #ecb9f7d9
 import copy, os, re
@@ -14,7 +14,7 @@ from functools import reduce
 from operator import add
 from pathlib import Path
 from pickle import UnpicklingError
-import torch
+import torch, torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from safetensors import SafetensorError, safe_open
@@ -377,6 +377,63 @@ def higher_hrnet(
     return model
 
 # %% ../nbs/05_model.ipynb #107a78f0
+_in_one_pass = getattr(torch.ops.mkldnn, '_convolution_pointwise', None)     # what the compiler calls; not there in every build
+
+class ConvReLU(nn.Conv2d):
+    "A convolution, perhaps a sum, and a ReLU"
+    def forward(self, x, plus=None):
+        if self.can_in_one_pass(x): return self.in_one_pass(x, plus)
+        y = super().forward(x)
+        return F.relu_(y if plus is None else y.add_(plus))
+
+    def can_in_one_pass(self, x):
+        "On a CPU, without gradients, in a number format that it computes in"
+        if _in_one_pass is None or x.device.type != 'cpu' or torch.is_grad_enabled() or torch.is_autocast_enabled('cpu'): return False
+        return x.dtype == self.weight.dtype and (x.dtype == torch.float32 or x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+    def in_one_pass(self, x, plus):
+        rest = self.bias,*map(list, (self.padding, self.stride, self.dilation)),self.groups
+        if plus is None: return _in_one_pass(x, self.packed(x), *rest, 'relu', [], '')
+        return _in_one_pass.binary(x, plus, self.packed(x), *rest, 'add', 1., 'relu', [], '')
+
+    def packed(self, x):
+        "The weights in the order that oneDNN wants; put in order again when they have changed"
+        w = self.weight.detach()
+        now = w.data_ptr(),w._version,w.dtype
+        if vars(self).get('packed_from') != now:
+            self.packed_from,self.packed_weight = now,torch.ops.mkldnn._reorder_convolution_weight(w, list(self.padding), list(self.stride), list(self.dilation), self.groups, list(x.shape))
+        return self.packed_weight
+
+    def __getstate__(self): return {k: v for k,v in vars(self).items() if not k.startswith(('packed_', '_compiled'))}     # copies and files do without
+
+class FusedBlock(nn.Module):
+    "A residual block whose ReLUs, and whose sum, are done by its convolutions"
+    def forward(self, x):
+        *convs,last = (m for m in self.children() if isinstance(m, ConvReLU))
+        y = x
+        for conv in convs: y = conv(y)
+        return last(y, self.downsample(x))
+
+# %% ../nbs/05_model.ipynb #2f697d7b
+def _with_relu(conv):
+    if type(conv) is nn.Conv2d and conv.padding_mode == 'zeros' and not isinstance(conv.padding, str): conv.__class__ = ConvReLU
+    return isinstance(conv, ConvReLU)
+
+def _is_folded(module): return all(isinstance(m, nn.Identity) for name,m in module.named_children() if name.startswith('bn'))
+
+def _fuse_relu(model):
+    for m in model.modules():
+        if isinstance(m, (BasicBlock, Bottleneck)) and _is_folded(m):
+            for name,conv in m.named_children():
+                if name.startswith('conv'): _with_relu(conv)
+            m.relu,m.__class__ = nn.Identity(),FusedBlock
+        elif isinstance(m, nn.Sequential):
+            for i in range(len(m)-2):
+                if isinstance(m[i+1], nn.Identity) and isinstance(m[i+2], nn.ReLU) and _with_relu(m[i]): m[i+2] = nn.Identity()
+    if isinstance(model, HRNet) and _is_folded(model) and all(map(_with_relu, (model.conv1, model.conv2))): model.relu = nn.Identity()
+    return model
+
+# %% ../nbs/05_model.ipynb #b25f0422
 def fuse_bn(
     model:nn.Module, # left as it is
 ) -> nn.Module: # a copy in eval mode that gives the same outputs
@@ -389,4 +446,4 @@ def fuse_bn(
             if not (isinstance(conv, (nn.Conv2d, nn.ConvTranspose2d)) and isinstance(bn, nn.BatchNorm2d)): continue
             setattr(parent, first, fuse_conv_bn_eval(conv, bn, transpose=isinstance(conv, nn.ConvTranspose2d)))
             setattr(parent, second, nn.Identity())
-    return model
+    return _fuse_relu(model)

@@ -112,6 +112,14 @@ def resize_maps(
     return maps if maps.shape[-2:] == tuple(size) else F.interpolate(maps, size=tuple(size), mode='bilinear', align_corners=False)
 
 # %% ../nbs/08_predict.ipynb #cf92ddef
+def _mean(maps):
+    "Mean of a list of tensors, with as few passes over them as can be"
+    if len(maps) == 1: return maps[0]
+    total = maps[0] + maps[1]
+    for m in maps[2:]: total += m
+    return total.div_(len(maps))
+
+# %% ../nbs/08_predict.ipynb #f39f7ad3
 def heat_and_tags(
     outputs,  # the network's outputs, a list of (B, C, h, w), the largest one last
     n_joints, # K: the first K maps of an output are heatmaps, the others are tags
@@ -126,7 +134,7 @@ def heat_and_tags(
         raise ValueError(f'the network returns {counts} maps, {n_heat} of them heatmaps; for {n_joints} joints each of these outputs needs {n_joints}, '
                          f'and one or more also {n_joints} or 1 for the tags: is this the skeleton the network was trained with?')
     heats = [resize_maps(o[:, :n].float(), size) for o,n in zip(outputs, n_heat) if n]
-    return sum(heats)/len(heats),[resize_maps(o[:, n:].float(), size) for o,n,t in zip(outputs, n_heat, n_tags) if with_tags and t]
+    return _mean(heats),[resize_maps(o[:, n:].float(), size) for o,n,t in zip(outputs, n_heat, n_tags) if with_tags and t]
 
 # %% ../nbs/08_predict.ipynb #876d3391
 def check_outputs(outputs, model):
@@ -162,8 +170,7 @@ def merge_scales(
     size   # (H, W) of the result
 ): # heat (K, H, W), tags (K or 1, H, W, T) as `ResizedTags`
     "Mean heatmap of all scales, and the tags, at one size"
-    heat = sum(resize_maps(h[None], size)[0] for h in heats)/len(heats)
-    return heat,ResizedTags(torch.stack(tags, -1), size)
+    return _mean([resize_maps(h[None], size)[0] for h in heats]),ResizedTags(torch.stack(tags, -1), size)
 
 # %% ../nbs/08_predict.ipynb #6c4daa34
 class People:
@@ -215,12 +222,12 @@ def _check(self:Predictor):
 @contextmanager
 def evaluating(model):
     "The model in evaluation mode and without gradients; its modules' modes are restored"
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
+    in_training = [m for m in model.modules() if m.training]
+    for m in in_training: m.training = False
     try:
         with torch.no_grad(): yield model
     finally:
-        for m,training in modes: m.training = training
+        for m in in_training: m.training = True
 
 # %% ../nbs/08_predict.ipynb #3e50df6d
 @patch

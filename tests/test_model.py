@@ -8,12 +8,12 @@ again (the input, and the weights by the fill rule of tests/golden/README.md):
     keep |= {k: g[k] for k in ('train_loss', 'input_grad')} | {f'running/{k}': v for k,v in g['running_after'].items()}
     np.savez_compressed('net_tiny.npz', **{k: v.detach().numpy() for k,v in keep.items()})
 """
-import gzip, json, os, zlib
+import copy, gzip, json, os, pickle, zlib
 from functools import cache
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
-from posenb.model import (BasicBlock, backbone_layers, fuse_bn, higher_hrnet, load_weights, read_metadata, read_weights,
+from posenb.model import (BasicBlock, ConvReLU, backbone_layers, fuse_bn, higher_hrnet, load_weights, read_metadata, read_weights,
                           save_weights)
 
 reduced = dict(width=8, modules=(1,2,2), blocks=2, deconv_width=8, deconv_blocks=2) # the net of net_tiny.*
@@ -350,3 +350,24 @@ def test_fused_net_gives_the_same_maps(kw):
     assert not any(isinstance(m, nn.BatchNorm2d) for m in fused.modules())
     with torch.no_grad():
         for a,b in zip(model.eval()(x), fused(x)): assert (a-b).abs().max() <= 1e-4*a.abs().max()
+
+def test_in_one_pass():
+    "ReLUs and sums are done by convolutions, where that can be; elsewhere it is the same with more steps"
+    fused,x = fuse_bn(fill(higher_hrnet('w32', **small)).eval()),uniform(5, 2, 3, 64, 96)
+    assert sum(isinstance(m, ConvReLU) for m in fused.modules()) > 20
+    with torch.no_grad(): at_once = fused(x)
+    in_steps = fused(x)                                                      # with gradients
+    assert in_steps[0].requires_grad and all((a-b).abs().max() <= 1e-5*b.abs().max() for a,b in zip(at_once, in_steps))
+    with torch.no_grad():
+        for other in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))): assert all(map(torch.equal, other(x), at_once))
+        fused.conv1.weight *= 2
+        assert not torch.equal(fused(x)[0], at_once[0]), 'new weights count'
+        assert all(o.isfinite().all() for o in fused.double()(x.double()))   # a format for which there is no such pass
+
+def test_only_what_was_folded_goes_into_one_pass():
+    block = BasicBlock(8, 8)
+    block.bn2 = nn.GroupNorm(2, 8)
+    net = nn.Sequential(block, nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, padding_mode='reflect'), nn.BatchNorm2d(8), nn.ReLU())).eval()
+    fused,x = fuse_bn(net),uniform(5, 1, 8, 16, 16)
+    with torch.no_grad(): assert (fused(x) - net(x)).abs().max() < 1e-5
+    assert not any(isinstance(m, ConvReLU) for m in fused.modules())
