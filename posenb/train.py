@@ -359,7 +359,7 @@ def train(
             learn.add_cb(HistoryFile(folder/'history.csv'))
             save_recipe(recipe, folder/'recipe.yaml')
             n = sum(p.numel() for p in learn.model.parameters())
-            print(f'{learn.dls.train_ds}\n{learn.dls.test}\n{recipe.arch}: {n:,} parameters, {ranks()[1]} processes, run in {folder}', flush=True)
+            print(f'{learn.dls.train_ds}\n{learn.dls.test}\n{recipe.arch}: {n:,} parameters on {learn.dls.device}, {ranks()[1]} processes, run in {folder}', flush=True)
             if begun: print(f'the run in {folder} goes on from {begun[-1].name}', flush=True)
         start = time.perf_counter()
         stopped = fit(learn, recipe)

@@ -35,7 +35,7 @@ def test_the_centre_is_a_joint_of_the_network_and_not_of_the_people(synth):
     dls = small(synth, with_center=True)
     learn = pose_learner(dls, 'tiny', predictor_args=dict(detection_threshold=0., max_people=2))
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
-    assert learn.model(dls.one_batch()[0].cpu())[1].shape[1] == 18 and learn.recorder.values[0][-1] >= 0
+    assert learn.model(dls.one_batch()[0])[1].shape[1] == 18 and learn.recorder.values[0][-1] >= 0
     assert learn.results and len(learn.results[0]['keypoints']) == 3*17
     assert len(dls.show_batch(max_n=1)) == 3
 

@@ -15,6 +15,9 @@ def command(*args): return [sys.executable, '-W', 'ignore', '-m', 'posenb.train'
 
 def run(*args, cwd): return subprocess.run(command(*args), cwd=cwd, capture_output=True, text=True, timeout=300)
 
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch): monkeypatch.setenv('ACCELERATE_USE_CPU', 'true')     # where a training is repeated to the bit
+
 def small(synth): return ['--data', synth, '--size', 64, '--test-size', 64, '--bs', 8, '--workers', 0, '--ap_every', 0, '--scales', 1, '--out', 'run']
 
 @pytest.mark.parametrize('args, words', [(['--arch', 'w99'], ['w99', 'tiny']), (['--epoch', 3], ["'epochs'"])])
