@@ -822,6 +822,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'posenb.predict._alike': ('predict.html#_alike', 'posenb/predict.py'),
                                 'posenb.predict._check_image': ('predict.html#_check_image', 'posenb/predict.py'),
                                 'posenb.predict._mean': ('predict.html#_mean', 'posenb/predict.py'),
+                                'posenb.predict._resize_on_cpu': ('predict.html#_resize_on_cpu', 'posenb/predict.py'),
                                 'posenb.predict.check_outputs': ('predict.html#check_outputs', 'posenb/predict.py'),
                                 'posenb.predict.evaluating': ('predict.html#evaluating', 'posenb/predict.py'),
                                 'posenb.predict.heat_and_tags': ('predict.html#heat_and_tags', 'posenb/predict.py'),

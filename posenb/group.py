@@ -53,7 +53,7 @@ class ResizedTags:
         self.y,self.x = (_neighbours(n, N, maps.device) for n,N in zip(maps.shape[1:], size))
 
     def expand(self, shape): return ResizedTags(self.maps.expand(shape[0], *self.maps.shape[1:]), shape[1:3])
-    def whole(self): return F.interpolate(self.maps.permute(0, 3, 1, 2), self.shape[1:3], mode='bilinear').permute(0, 2, 3, 1)
+    def whole(self): return F.interpolate(self.maps.permute(0, 3, 1, 2).contiguous(), self.shape[1:3], mode='bilinear').permute(0, 2, 3, 1)
 
     def __getitem__(self, place):
         if not isinstance(place, tuple): return self._out(ResizedTags(self.maps[place][None], self.shape[1:3]).whole()[0])

@@ -8,7 +8,7 @@ __all__ = ['stretch_matrix', 'network_input', 'Oracle', 'shrink_joints', 'resize
            'oracle_results']
 
 # %% ../nbs/08_predict.ipynb #1a4d373c
-import inspect, numpy as np, torch
+import cv2, inspect, numpy as np, torch
 from collections import defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -104,12 +104,22 @@ def forward(self:Oracle,
     return [torch.stack([torch.cat(a), torch.cat(b)][:len(x)]).to(x.device) for a,b in zip(maps, mirrored)]
 
 # %% ../nbs/08_predict.ipynb #d9d0a506
+def _resize_on_cpu(maps, size):
+    small = maps.detach().flatten(0, 1).contiguous().numpy()
+    large = np.empty((len(small), *size), np.float32)
+    for a,b in zip(small, large): cv2.resize(a, size[::-1], dst=b, interpolation=cv2.INTER_LINEAR)
+    return torch.from_numpy(large).view(*maps.shape[:2], *size)
+
+# %% ../nbs/08_predict.ipynb #3e1daaaf
 def resize_maps(
     maps, # (B, C, h, w)
     size  # (H, W)
 ): # (B, C, H, W)
     "Maps of another size, bilinear about pixel centres"
-    return maps if maps.shape[-2:] == tuple(size) else F.interpolate(maps, size=tuple(size), mode='bilinear', align_corners=False)
+    size = tuple(size)
+    if maps.shape[-2:] == size: return maps
+    on_cpu = maps.device.type == 'cpu' and maps.dtype == torch.float32 and not maps.requires_grad
+    return _resize_on_cpu(maps, size) if on_cpu else F.interpolate(maps, size=size, mode='bilinear', align_corners=False)
 
 # %% ../nbs/08_predict.ipynb #cf92ddef
 def _mean(maps):
