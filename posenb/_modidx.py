@@ -757,6 +757,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'posenb.model.ConvReLU.packed': ('model.html#convrelu.packed', 'posenb/model.py'),
                               'posenb.model.FusedBlock': ('model.html#fusedblock', 'posenb/model.py'),
                               'posenb.model.FusedBlock.forward': ('model.html#fusedblock.forward', 'posenb/model.py'),
+                              'posenb.model.FusedModule': ('model.html#fusedmodule', 'posenb/model.py'),
+                              'posenb.model.FusedModule.forward': ('model.html#fusedmodule.forward', 'posenb/model.py'),
                               'posenb.model.HRModule': ('model.html#hrmodule', 'posenb/model.py'),
                               'posenb.model.HRModule.__init__': ('model.html#hrmodule.__init__', 'posenb/model.py'),
                               'posenb.model.HRModule.forward': ('model.html#hrmodule.forward', 'posenb/model.py'),

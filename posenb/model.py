@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['archs', 'backbone_layers', 'Loaded', 'conv_bn', 'BasicBlock', 'Bottleneck', 'fuse_layer', 'HRModule', 'transition',
            'HRNet', 'deconv_layer', 'init_weights', 'HigherHRNet', 'read_weights', 'load_weights', 'save_weights',
-           'read_metadata', 'higher_hrnet', 'ConvReLU', 'FusedBlock', 'fuse_bn']
+           'read_metadata', 'higher_hrnet', 'ConvReLU', 'FusedBlock', 'FusedModule', 'fuse_bn']
 
 # %% ../nbs/05_model.ipynb #ecb9f7d9
 import copy, os, re
@@ -414,6 +414,19 @@ class FusedBlock(nn.Module):
         for conv in convs: y = conv(y)
         return last(y, self.downsample(x))
 
+class FusedModule(nn.Module):
+    "An `HRModule` in which coarser branches are added up before they are enlarged, each time by 2: the finest maps are gone through once"
+    def forward(self, xs):
+        xs,out = [branch(x) for branch,x in zip(self.branches, xs)],[]
+        for i,fuse in enumerate(self.fuse_layers):
+            coarser = None
+            for j in range(len(xs)-1, i, -1):
+                y = fuse[j][0](xs[j])
+                coarser = F.interpolate(y if coarser is None else y.add_(coarser), scale_factor=2, mode='nearest')
+            y = xs[i] if coarser is None else coarser.add_(xs[i])
+            out.append(self.relu(reduce(add, [f(x) for f,x in zip(fuse[:i], xs)], y)))
+        return out
+
 # %% ../nbs/05_model.ipynb #2f697d7b
 def _with_relu(conv):
     if type(conv) is nn.Conv2d and conv.padding_mode == 'zeros' and not isinstance(conv.padding, str): conv.__class__ = ConvReLU
@@ -427,6 +440,7 @@ def _fuse_relu(model):
             for name,conv in m.named_children():
                 if name.startswith('conv'): _with_relu(conv)
             m.relu,m.__class__ = nn.Identity(),FusedBlock
+        elif isinstance(m, HRModule) and not any(isinstance(n, nn.BatchNorm2d) for n in m.modules()): m.__class__ = FusedModule
         elif isinstance(m, nn.Sequential):
             for i in range(len(m)-2):
                 if isinstance(m[i+1], nn.Identity) and isinstance(m[i+2], nn.ReLU) and _with_relu(m[i]): m[i+2] = nn.Identity()
