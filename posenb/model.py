@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
+from fastcore.basics import patch
 from fastcore.meta import delegates
 
 # %% ../nbs/05_model.ipynb #6ceaf6b8
@@ -376,36 +377,58 @@ def higher_hrnet(
         load_weights(model, weights, pretrained_layers or (None if heads else backbone_layers))
     return model
 
+# %% ../nbs/05_model.ipynb #09aac2d0
+def _fold_bn(model):
+    for parent in list(model.modules()):
+        names = list(parent._modules)
+        for first,second in zip(names, names[1:]):
+            conv,bn = parent._modules[first],parent._modules[second]
+            if not (isinstance(conv, (nn.Conv2d, nn.ConvTranspose2d)) and isinstance(bn, nn.BatchNorm2d)): continue
+            setattr(parent, first, fuse_conv_bn_eval(conv, bn, transpose=isinstance(conv, nn.ConvTranspose2d)))
+            setattr(parent, second, nn.Identity())
+
 # %% ../nbs/05_model.ipynb #107a78f0
-_in_one_pass = getattr(torch.ops.mkldnn, '_convolution_pointwise', None)     # what the compiler calls; not there in every build
+_in_one_pass = getattr(torch.ops.mkldnn, '_convolution_pointwise', None)
 
 class ConvReLU(nn.Conv2d):
     "A convolution, perhaps a sum, and a ReLU"
-    def forward(self, x, plus=None):
+    def forward(self, x, plus=None): # (B,n_in,H,W), and perhaps (B,n_out,h,w) -> (B,n_out,h,w)
         if self.can_in_one_pass(x): return self.in_one_pass(x, plus)
         y = super().forward(x)
         return F.relu_(y if plus is None else y.add_(plus))
 
-    def can_in_one_pass(self, x):
-        "On a CPU, without gradients, in a number format that it computes in"
-        if _in_one_pass is None or x.device.type != 'cpu' or torch.is_grad_enabled() or torch.is_autocast_enabled('cpu'): return False
-        return x.dtype == self.weight.dtype and (x.dtype == torch.float32 or x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+# %% ../nbs/05_model.ipynb #750c632e
+@patch
+def can_in_one_pass(self:ConvReLU, x):
+    "On a CPU, without gradients, in a number format that it computes in, and not for a compiler or an exporter"
+    if _in_one_pass is None or x.device.type != 'cpu' or x.dtype != self.weight.dtype: return False
+    if torch.is_grad_enabled() or torch.is_autocast_enabled('cpu') or torch.compiler.is_compiling() or torch.jit.is_tracing(): return False
+    return x.dtype == torch.float32 or x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
-    def in_one_pass(self, x, plus):
-        rest = self.bias,*map(list, (self.padding, self.stride, self.dilation)),self.groups
-        if plus is None: return _in_one_pass(x, self.packed(x), *rest, 'relu', [], '')
-        return _in_one_pass.binary(x, plus, self.packed(x), *rest, 'add', 1., 'relu', [], '')
+# %% ../nbs/05_model.ipynb #2f697d7b
+@patch
+def packed(self:ConvReLU, x):
+    "The weights in oneDNN's order"
+    w = self.weight.detach()
+    now = w.data_ptr(),0 if w.is_inference() else w._version,w.dtype
+    if vars(self).get('packed_from') != now:
+        where = *map(list, (self.padding, self.stride, self.dilation)),self.groups
+        self.packed_from,self.packed_weight = now,torch.ops.mkldnn._reorder_convolution_weight(w, *where, list(x.shape))
+    return self.packed_weight
 
-    def packed(self, x):
-        "The weights in the order that oneDNN wants; put in order again when they have changed"
-        w = self.weight.detach()
-        now = w.data_ptr(),w._version,w.dtype
-        if vars(self).get('packed_from') != now:
-            self.packed_from,self.packed_weight = now,torch.ops.mkldnn._reorder_convolution_weight(w, list(self.padding), list(self.stride), list(self.dilation), self.groups, list(x.shape))
-        return self.packed_weight
+@patch
+def __getstate__(self:ConvReLU):
+    "Copies and files do without them"
+    return {k: v for k,v in vars(self).items() if not k.startswith(('packed_', '_compiled'))}
 
-    def __getstate__(self): return {k: v for k,v in vars(self).items() if not k.startswith(('packed_', '_compiled'))}     # copies and files do without
+# %% ../nbs/05_model.ipynb #b25f0422
+@patch
+def in_one_pass(self:ConvReLU, x, plus):
+    rest = self.bias,*map(list, (self.padding, self.stride, self.dilation)),self.groups
+    if plus is None: return _in_one_pass(x, self.packed(x), *rest, 'relu', [], '')
+    return _in_one_pass.binary(x, plus, self.packed(x), *rest, 'add', 1., 'relu', [], '')
 
+# %% ../nbs/05_model.ipynb #5c6129a7
 class FusedBlock(nn.Module):
     "A residual block whose ReLUs, and whose sum, are done by its convolutions"
     def forward(self, x):
@@ -414,8 +437,9 @@ class FusedBlock(nn.Module):
         for conv in convs: y = conv(y)
         return last(y, self.downsample(x))
 
+# %% ../nbs/05_model.ipynb #036b29d3
 class FusedModule(nn.Module):
-    "An `HRModule` in which coarser branches are added up before they are enlarged, each time by 2: the finest maps are gone through once"
+    "An `HRModule` that adds coarser branches up before it enlarges them, each time by 2"
     def forward(self, xs):
         xs,out = [branch(x) for branch,x in zip(self.branches, xs)],[]
         for i,fuse in enumerate(self.fuse_layers):
@@ -427,37 +451,33 @@ class FusedModule(nn.Module):
             out.append(self.relu(reduce(add, [f(x) for f,x in zip(fuse[:i], xs)], y)))
         return out
 
-# %% ../nbs/05_model.ipynb #2f697d7b
-def _with_relu(conv):
-    if type(conv) is nn.Conv2d and conv.padding_mode == 'zeros' and not isinstance(conv.padding, str): conv.__class__ = ConvReLU
-    return isinstance(conv, ConvReLU)
+# %% ../nbs/05_model.ipynb #60d6a733
+def _is_plain(conv): return type(conv) is nn.Conv2d and conv.padding_mode == 'zeros' and not isinstance(conv.padding, str)
 
-def _is_folded(module): return all(isinstance(m, nn.Identity) for name,m in module.named_children() if name.startswith('bn'))
+def _take_relu(module):
+    "Lets the convolutions `conv1`, `conv2`, ... of a module do its ReLUs; False if they cannot"
+    named = lambda start: [m for name,m in module.named_children() if name.startswith(start)]
+    if not all(map(_is_plain, named('conv'))) or not all(isinstance(m, nn.Identity) for m in named('bn')): return False
+    for conv in named('conv'): conv.__class__ = ConvReLU
+    module.relu = nn.Identity()
+    return True
 
+# %% ../nbs/05_model.ipynb #92a1e24d
 def _fuse_relu(model):
     for m in model.modules():
-        if isinstance(m, (BasicBlock, Bottleneck)) and _is_folded(m):
-            for name,conv in m.named_children():
-                if name.startswith('conv'): _with_relu(conv)
-            m.relu,m.__class__ = nn.Identity(),FusedBlock
-        elif isinstance(m, HRModule) and not any(isinstance(n, nn.BatchNorm2d) for n in m.modules()): m.__class__ = FusedModule
+        if isinstance(m, (BasicBlock, Bottleneck)) and _take_relu(m): m.__class__ = FusedBlock
+        elif isinstance(m, HRModule) and all(isinstance(f[1], nn.Identity) for i,fuse in enumerate(m.fuse_layers) for f in fuse[i+1:]): m.__class__ = FusedModule
+        elif isinstance(m, HRNet): _take_relu(m)
         elif isinstance(m, nn.Sequential):
             for i in range(len(m)-2):
-                if isinstance(m[i+1], nn.Identity) and isinstance(m[i+2], nn.ReLU) and _with_relu(m[i]): m[i+2] = nn.Identity()
-    if isinstance(model, HRNet) and _is_folded(model) and all(map(_with_relu, (model.conv1, model.conv2))): model.relu = nn.Identity()
-    return model
+                if _is_plain(m[i]) and isinstance(m[i+1], nn.Identity) and isinstance(m[i+2], nn.ReLU): m[i].__class__,m[i+2] = ConvReLU,nn.Identity()
 
-# %% ../nbs/05_model.ipynb #b25f0422
+# %% ../nbs/05_model.ipynb #5658a7c0
 def fuse_bn(
     model:nn.Module, # left as it is
-) -> nn.Module: # a copy in eval mode that gives the same outputs
-    "Fold every batch norm into the convolution before it"
+) -> nn.Module: # a copy in eval mode that gives the same outputs, for inference only: it can neither be trained nor loaded
+    "Fold every batch norm into the convolution before it, and ReLUs and sums with it"
     model = copy.deepcopy(model).eval()
-    for parent in list(model.modules()):
-        names = list(parent._modules)
-        for first,second in zip(names, names[1:]):
-            conv,bn = parent._modules[first],parent._modules[second]
-            if not (isinstance(conv, (nn.Conv2d, nn.ConvTranspose2d)) and isinstance(bn, nn.BatchNorm2d)): continue
-            setattr(parent, first, fuse_conv_bn_eval(conv, bn, transpose=isinstance(conv, nn.ConvTranspose2d)))
-            setattr(parent, second, nn.Identity())
-    return _fuse_relu(model)
+    _fold_bn(model)
+    _fuse_relu(model)
+    return model

@@ -233,7 +233,7 @@ def _check(self:Predictor):
 def evaluating(model):
     "The model in evaluation mode and without gradients; its modules' modes are restored"
     in_training = [m for m in model.modules() if m.training]
-    for m in in_training: m.training = False
+    if in_training: model.eval()     # it looks at each module, so not for every image
     try:
         with torch.no_grad(): yield model
     finally:

@@ -57,7 +57,7 @@ def test_nothing_is_compiled_for_the_sizes_of_test_images(synth):
     learn = pose_learner(small(synth), 'tiny')
     learn.model.compile(backend=compiler)
     learn.predictor()(learn.dls.test.image(0))
-    with pytest.raises(Exception, match='compiled'): learn.model(torch.zeros(1, 3, 64, 64))
+    with pytest.raises(Exception, match='compiled'): learn.model(torch.zeros(1, 3, 64, 64, device=learn.dls.device))
 
 # ---------------------------------------------------------------- pictures
 

@@ -371,3 +371,24 @@ def test_only_what_was_folded_goes_into_one_pass():
     fused,x = fuse_bn(net),uniform(5, 1, 8, 16, 16)
     with torch.no_grad(): assert (fused(x) - net(x)).abs().max() < 1e-5
     assert not any(isinstance(m, ConvReLU) for m in fused.modules())
+
+def test_a_norm_that_was_not_folded_stays():
+    net = higher_hrnet('w32', **small).eval()
+    for m in list(net.modules()):
+        for name,child in list(m.named_children()):
+            if isinstance(child, nn.Upsample): m[1] = nn.GroupNorm(1, m[0].out_channels)     # between a convolution and its enlarging
+    x = uniform(5, 1, 3, 64, 96)
+    fill(net)
+    with torch.no_grad():
+        for a,b in zip(net(x), fuse_bn(net)(x)): assert (a-b).abs().max() <= 1e-4*a.abs().max()
+
+def test_weights_without_versions():
+    with torch.inference_mode(): fused,x = fuse_bn(fill(higher_hrnet('w32', **small)).eval()).bfloat16(),uniform(5, 1, 3, 64, 64).bfloat16()
+    with torch.no_grad(): assert all(o.isfinite().all() for o in fused(x))
+
+def test_a_fused_network_can_be_exported():
+    fused,x = fuse_bn(fill(higher_hrnet('w32', **small)).eval()),uniform(5, 1, 3, 64, 64)
+    with torch.no_grad():
+        exported = torch.export.export(fused, (x,))
+        assert not [n for n in exported.graph.nodes if 'mkldnn' in str(n.target)]
+        for a,b in zip(exported.module()(x), fused(x)): assert (a-b).abs().max() <= 1e-5*b.abs().max()
