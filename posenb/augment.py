@@ -14,14 +14,14 @@ from fastcore.basics import patch
 # %% ../nbs/03_augment.ipynb #530d1131
 def affine_matrix(
     center,      # (x, y) of the window in pixels of the image
-    scale,       # side of the window in units of 200 pixels
+    scale,       # side of the window in units of 200 pixels; the short one, if they differ
     rot,         # degrees; positive turns the content anticlockwise on the screen
-    size,        # side of the square that is made, in pixels
+    size,        # side of the square that is made, in pixels, or (width, height)
     convention='original' # 'original': pixel indices; 'unbiased': pixel centres
 ): # (2, 3) float64, to be applied to (x, y, 1)
-    "The affine map from an image to a square crop of it"
-    half = _half_pixel(convention)
-    zoom,a = size/(200*scale),-np.deg2rad(rot)
+    "The affine map from an image to a crop of it"
+    half,size = _half_pixel(convention),np.broadcast_to(size, 2)
+    zoom,a = size.min()/(200*scale),-np.deg2rad(rot)
     cos,sin = zoom*np.cos(a),zoom*np.sin(a)
     A = np.array([[cos, -sin], [sin, cos]])
     return np.column_stack([A, size/2 - half - A @ (np.asarray(center, float) - half)])
@@ -58,13 +58,13 @@ def warp(
 # %% ../nbs/03_augment.ipynb #c2c58eec
 def shrink_mask(
     mask,  # (S, S) uint8 from 0 to 255, as `warp` returns it
-    size,  # side R of the map; S must be a multiple
+    size,  # side R of the map, or (width, height); those of the mask must be multiples
     convention='original'
 ): # (R, R) uint8, 1 where the map counts
     "The mask of a map, from the mask of the network's input"
-    step = len(mask)//size
-    if convention == 'unbiased': small = cv2.resize(mask, (size, size), interpolation=cv2.INTER_LINEAR)
-    else: small = mask[::step, ::step]
+    width,height = np.broadcast_to(size, 2).tolist()
+    if convention == 'unbiased': small = cv2.resize(mask, (width, height), interpolation=cv2.INTER_LINEAR)
+    else: small = mask[::len(mask)//height, ::len(mask[0])//width]
     return (small > 127).astype(np.uint8)
 
 # %% ../nbs/03_augment.ipynb #8482a3de
@@ -83,15 +83,16 @@ def mirror_joints(
 class Crop:
     "One outcome of the random numbers: which window of the image, how turned, mirrored or not"
     center:tuple       # (x, y) in pixels of the image
-    scale:float        # side of the window in units of 200 pixels
+    scale:float        # side of the window in units of 200 pixels; the short one, if they differ
     rot:float=0.       # degrees
     flip:bool=False    # mirrored after the warp
+    shape:tuple=None   # (width, height) of the network's input; None: a square of the size that was asked for
 
 # %% ../nbs/03_augment.ipynb #dd4bd178
 class RandomAffine:
     "Random windows of images; image, masks and joints of every map move alike"
     def __init__(self,
-        size=512,               # side S of the network's input, a multiple of 32
+        size=512,               # side S of the network's input, a multiple of 32; the short side if not `square`, a multiple of 64 then
         out_sizes=None,         # sides R of the network's maps; (S/4, S/2) if None
         flip_index=None,        # (K,) joints in the mirror, as `Skeleton.flip_index`; needed if flip > 0
         max_rotation=30.,       # degrees, either way
@@ -99,11 +100,12 @@ class RandomAffine:
         scale_type='short',     # which side: 'short' (a window inside a long image) or 'long'
         max_translate=40.,      # shift either way, in pixels for a window of 200
         flip=.5,                # probability of mirroring
-        convention='original'   # 'original' or 'unbiased' coordinates
+        convention='original',  # 'original' or 'unbiased' coordinates
+        square=True             # if False, the input has the shape of the image, as in the test; see `test_size`
     ):
         self.size,self.out_sizes,self.flip_index = size,tuple(out_sizes or (size//4, size//2)),flip_index
         self.max_rotation,self.scale_range,self.scale_type = max_rotation,tuple(scale_range),scale_type
-        self.max_translate,self.flip,self.convention = max_translate,flip,convention
+        self.max_translate,self.flip,self.convention,self.square = max_translate,flip,convention,square
         self._check()
 
 # %% ../nbs/03_augment.ipynb #b6f12d1d
@@ -111,8 +113,10 @@ class RandomAffine:
 def _check(self:RandomAffine):
     "Errors for settings that cannot work"
     if self.size <= 0 or self.size % 32: raise ValueError(f'size: a multiple of 32 is needed (the network halves it five times), got {self.size}')
+    if not self.square and self.size % 64: raise ValueError(f'size: a multiple of 64 is needed where inputs are not square, got {self.size}')
     for r in self.out_sizes:
         if r <= 0 or self.size % r: raise ValueError(f'out_sizes: {self.size} is no multiple of {r}')
+        if not self.square and 64 % (self.size//r): raise ValueError(f'out_sizes: without square inputs, maps are 2, 4, 8, ... times smaller; {r} is {self.size//r} times smaller than {self.size}')
     if not 0 < self.scale_range[0] <= self.scale_range[1]: raise ValueError(f'scale_range: 0 < low <= high is needed, got {self.scale_range}')
     if self.scale_type not in ('short', 'long'): raise ValueError(f"scale_type: 'short' or 'long' is needed, got {self.scale_type!r}")
     if self.flip and self.flip_index is None: raise ValueError('flip: mirroring needs `flip_index`, which tells left from right')
@@ -137,7 +141,8 @@ def draw(self:RandomAffine,
     rot = (2*rng.random() - 1)*self.max_rotation
     limit = int(self.max_translate*scale)
     dx,dy = [int(rng.integers(-limit, limit)) if limit else 0 for _ in 'xy']
-    return Crop((width/2 + dx, height/2 + dy), scale, rot, bool(rng.random() < self.flip))
+    shape = None if self.square else test_size(width, height, self.size)
+    return Crop((width/2 + dx, height/2 + dy), scale, rot, bool(rng.random() < self.flip), shape)
 
 # %% ../nbs/03_augment.ipynb #bd68ef7e
 @patch
@@ -150,13 +155,17 @@ def __call__(self:RandomAffine,
     "The sample seen through `crop`"
     matrix = lambda size: affine_matrix(crop.center, crop.scale, crop.rot, size, self.convention)
     enlarged = crop.scale/self._side(image.shape[1], image.shape[0])
-    image,valid = warp(image, matrix(self.size), self.size, mask)
-    masks = [shrink_mask(valid, r, self.convention) for r in self.out_sizes]
-    joints = [transform_points(joints, matrix(r)) for r in self.out_sizes]
+    shape = crop.shape or (self.size, self.size)
+    maps = [tuple(side*r//self.size for side in shape) for r in self.out_sizes]
+    image,valid = warp(image, matrix(shape), shape, mask)
+    masks = [shrink_mask(valid, m, self.convention) for m in maps]
+    joints = [transform_points(joints, matrix(m)) for m in maps]
     for j in joints: j[..., 3:] /= enlarged
     if crop.flip:
         image,masks = cv2.flip(image, 1),[cv2.flip(m, 1) for m in masks]
-        joints = [mirror_joints(j, r, self.flip_index) for j,r in zip(joints, self.out_sizes)]
+        joints = [mirror_joints(j, width, self.flip_index) for j,(width,_) in zip(joints, maps)]
+    if crop.shape:      # in a batch the sample may be part of a larger map: joints beyond its own do not count
+        for j,m in zip(joints, maps): j[..., 2] *= (j[..., :2] < np.subtract(m, _half_pixel(self.convention))).all(-1)
     return image, masks, joints
 
 # %% ../nbs/03_augment.ipynb #d042b78b

@@ -10,7 +10,7 @@ __all__ = ['Finding', 'find_coco', 'read_annotations', 'join_splits', 'ImageFile
 
 # %% ../nbs/02_dataset.ipynb #3fc1012e
 import ctypes, cv2, json, os, reprlib, warnings
-import numpy as np, torch
+import numpy as np, torch, torch.nn.functional as F
 from collections import namedtuple
 from pathlib import Path
 from fastcore.basics import patch
@@ -197,7 +197,7 @@ class PoseDataset:
         annotations,            # annotation file
         skeleton=COCO,          # `Skeleton`; that of the file's category if None
         train=True,             # random crops for training; otherwise whole images
-        size=512,               # side S of the crop, a multiple of 32
+        size=512,               # side S of the crop, a multiple of 32; the short side if not `square`, a multiple of 64 then
         out_sizes=None,         # sides R of the network's maps; (S/4, S/2) if None
         max_rotation=30.,       # degrees, either way
         scale_range=(.75, 1.5), # side of the crop, relative to the image's
@@ -211,6 +211,7 @@ class PoseDataset:
         with_center=False,      # one more joint, the mean of the labelled ones
         scale_aware_sigma=False,# a fourth column of joints: the width of the person's Gaussian
         reduce=False,           # read images at 1/2, 1/4 or 1/8 where the crop shrinks them as much
+        square=True,            # if False, crops have the shape of their image, as in the test
         category='person',      # name of the category
         ids=None                # use only these images
     ):
@@ -226,7 +227,7 @@ class PoseDataset:
         mirror = self.skeleton.flip_index
         if with_center: mirror = np.append(mirror, self.skeleton.n)
         if train and flip and self.skeleton.n > 1 and not self.skeleton.flip_pairs: warnings.warn(_no_mirror.format(self.file), stacklevel=2)
-        self.affine = RandomAffine(size, out_sizes, mirror, max_rotation, scale_range, scale_type, max_translate, flip, convention)
+        self.affine = RandomAffine(size, out_sizes, mirror, max_rotation, scale_range, scale_type, max_translate, flip, convention, square)
         self._load(data, ids)
         self._shared = torch.zeros(1 + len(self), dtype=torch.int64).share_memory_()     # epoch, and which images could not be read
 
@@ -375,9 +376,9 @@ def epoch(self:PoseDataset, value): self._shared[0] = int(value)
 
 # %% ../nbs/02_dataset.ipynb #4422ac26
 @patch
-def _sample(self:PoseDataset, i):
+def _sample(self:PoseDataset, i, again):
     "Training sample `i`"
-    rng = np.random.default_rng((self.seed, self.epoch, i))
+    rng = np.random.default_rng((self.seed, self.epoch, i, again))
     affine,mask,joints = self.affine,self._masked(i),self.joints(i)
     crop = affine.draw(rng, *self._sizes[i].tolist())
     by = affine.reduction(crop) if self.reduce else 1
@@ -393,23 +394,36 @@ def _sample(self:PoseDataset, i):
 def __getitem__(self:PoseDataset, i):
     "Training: (image uint8 (3, S, S), masks uint8 (R, R) a map, joints float32 (P, K, 3) a map). Test: (image uint8 (H, W, 3), info)"
     i = range(len(self))[i]     # negative indices, and an IndexError beyond the end
-    if not self.train: return self.image(i), self.info(i)
-    for k in range(i, i + len(self)):
-        try: return self._sample(k % len(self))
-        except ImageFileError as e: self._skip(k % len(self), e)
-    raise ImageFileError(f'{self.folder}: none of {len(self)} images can be used')
+    return self.read(i) if self.train else (self.image(i), self.info(i))
 
 # %% ../nbs/02_dataset.ipynb #a0cfd048
 @patch
+def read(self:PoseDataset, i, again=0):
+    "Training sample `i` when it was read `again` times before in this epoch; that of the next image if it cannot be read"
+    for k in range(i, i + len(self)):
+        try: return self._sample(k % len(self), again)
+        except ImageFileError as e: self._skip(k % len(self), e)
+    raise ImageFileError(f'{self.folder}: none of {len(self)} images can be used')
+
+# %% ../nbs/02_dataset.ipynb #5c0727c5
+@patch
 def _skip(self:PoseDataset, i, error):
     "Note that image `i` cannot be used; warn the first time"
-    if not self._shared[1+i]: warnings.warn(f'skipped, the next image takes its place: {error}', stacklevel=3)
+    if not self._shared[1+i]: warnings.warn(f'skipped, the next image takes its place: {error}', stacklevel=4)
     self._shared[1+i] = 1
 
 @patch(as_prop=True)
 def skipped(self:PoseDataset):
     "Files that could not be used so far"
     return [str(self.path(i)) for i in self._shared[1:].nonzero().flatten().tolist()]
+
+# %% ../nbs/02_dataset.ipynb #096db571
+def _pad_maps(
+    maps # list of (h_i, w_i, ...)
+): # list of (H, W, ...)
+    "Maps of one size, with zeros to the right and below where others are larger"
+    height,width = (max(m.shape[i] for m in maps) for i in (0, 1))
+    return [m if m.shape[:2] == (height, width) else F.pad(m, (0, 0)*(m.ndim-2) + (0, width-m.shape[1], 0, height-m.shape[0])) for m in maps]
 
 # %% ../nbs/02_dataset.ipynb #874e2298
 def _pad_people(
@@ -423,12 +437,12 @@ def _pad_people(
 # %% ../nbs/02_dataset.ipynb #5a04da80
 def pose_collate(
     items # training samples
-): # (images (B, 3, S, S), [masks (B, R, R)], [joints (B, P, K, 3)])
-    "A batch of training samples: images and masks uint8, joints float32 and padded to the most people"
+): # (images (B, 3, S, S), [masks (B, R, R)], [joints (B, P, K, 3)]); S and R are two numbers where samples are not square
+    "A batch of training samples: images and masks uint8 and padded to the largest, joints float32 and padded to the most people"
     if not items: raise ValueError('an empty batch: no training samples to collate')
     images,masks,joints = zip(*items)
-    images = default_collate([im.permute(1, 2, 0) for im in images]).permute(0, 3, 1, 2)
-    return images, [default_collate(m) for m in zip(*masks)], [_pad_people(j) for j in zip(*joints)]
+    images = default_collate(_pad_maps([im.permute(1, 2, 0) for im in images])).permute(0, 3, 1, 2)
+    return images, [default_collate(_pad_maps(m)) for m in zip(*masks)], [_pad_people(j) for j in zip(*joints)]
 
 # %% ../nbs/02_dataset.ipynb #91a65e55
 def worker_init(worker_id=0):

@@ -7,6 +7,7 @@ __all__ = ['adam', 'muon', 'PoseDL', 'pose_dls', 'LossPart', 'AP', 'PoseLearner'
 
 # %% ../nbs/15_learner.ipynb #b43c7455
 import random, torch
+from collections import Counter
 from copy import copy
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from .loss import PoseLoss
 from .model import higher_hrnet
 from .optimizer import Muon
 from .predict import Predictor, predict_dataset
+from .samplers import aspect_groups, set_order
 from .show import image_grid, show_image, show_maps, show_poses
 from .targets import PoseTargets
 
@@ -45,6 +47,14 @@ class PoseDL(DataLoader):
     def new(self, dataset=None, cls=None, **kwargs): return super().new(dataset, cls, **{'targets':self.targets, 'seed':self.seed, **kwargs})
     def randomize(self): self.rng = random.Random(f'{self.seed} {self.epoch}')
     def wif(self): worker_init()
+    def get_idxs(self):
+        "Images of the next pass; one that comes for the second time is counted on by the number of images, and so forth"
+        order,times = [],Counter()
+        for i in super().get_idxs():
+            order.append(i + times[i]*len(self.dataset))
+            times[i] += 1
+        return order
+    def create_item(self, i): return self.dataset.read(i % len(self.dataset), i//len(self.dataset))
     def before_iter(self): self.dataset.epoch,self.n_batches = self.epoch,0
     def after_iter(self): self.epoch += 1                    # only a pass that came to its end counts
     def create_batch(self, items): return pose_collate(items)
@@ -56,7 +66,7 @@ class PoseDL(DataLoader):
     def last_names(self, order=None):
         "Files of the last batch, for messages; None where another loader deals out the images"
         if order is None: order = vars(self).get('_DataLoader__idxs')             # fastai's, of this pass
-        return order and [self.dataset.info(i)['file_name'] for i in order[(self.n_batches-1)*self.bs:self.n_batches*self.bs]]
+        return order and [self.dataset.info(i % len(self.dataset))['file_name'] for i in order[(self.n_batches-1)*self.bs:self.n_batches*self.bs]]
 
 # %% ../nbs/15_learner.ipynb #17685e01
 @delegates(PoseDataset, but=['images', 'annotations', 'train', 'ids', 'scale_aware_sigma'])
@@ -81,11 +91,13 @@ def pose_dls(
     common = dict(size=size, convention=convention, seed=seed)
     train_ds = PoseDataset(*find_coco(path, train), skeleton=skeleton, **common, **kwargs)
     skeleton = train_ds.skeleton
-    whole = dict(scale_range=(1, 1), scale_type='long', max_rotation=0, max_translate=0, flip=0)
+    whole = dict(scale_range=(1, 1), scale_type='long' if train_ds.affine.square else 'short', max_rotation=0, max_translate=0, flip=0)
     valid_ds = PoseDataset(*find_coco(path, valid), skeleton=skeleton, **common, **{**kwargs, **whole, 'jitter':None})
     targets = PoseTargets(train_ds.affine.out_sizes, skeleton.n + train_ds.with_center, sigma=sigma, tag_per_joint=tag_per_joint, convention=convention)
-    loader = partial(PoseDL, targets=targets, bs=bs, seed=seed, num_workers=workers, pin_memory=torch.cuda.is_available())
-    dls = DataLoaders(loader(train_ds, shuffle=True, drop_last=len(train_ds) >= bs), loader(valid_ds), device=default_device() if device is None else device)
+    device = default_device() if device is None else torch.device(device)
+    loader = partial(PoseDL, targets=targets, bs=bs, seed=seed, num_workers=workers, pin_memory=device.type == 'cuda')
+    dls = DataLoaders(loader(train_ds, shuffle=True, drop_last=len(train_ds) >= bs), loader(valid_ds), device=device)
+    if not train_ds.affine.square: set_order(dls.train, groups=aspect_groups([(i['width'], i['height']) for i in map(train_ds.info, range(len(train_ds)))]))
     dls.skeleton,dls.test_size,dls.convention,dls.with_center,dls.n_inp = skeleton,test_size or size,convention,train_ds.with_center,1
     dls.test = PoseDataset(*find_coco(path, valid), skeleton=skeleton, train=False, exif=valid_ds.exif, category=valid_ds.category['name'])
     return dls
@@ -107,16 +119,16 @@ def show_batch(self:PoseDL,
     self.randomize()
     self.before_iter()
     indices = ifnone(indices, self.get_idxs())[:max_n]
-    raw = pose_collate([self.dataset[i] for i in indices])
+    raw = self.create_batch([self.create_item(i) for i in indices])
     _,heatmaps,masks,_ = self.targets(raw)
     n_maps,size = len(heatmaps),raw[0].shape[-1]
     axes = image_grid(len(indices)*(1+n_maps), 1+n_maps)
     for i,index in enumerate(indices):
         row = axes[i*(1+n_maps):(i+1)*(1+n_maps)]
-        mask = torch.nn.functional.interpolate(masks[-1][i][None, None], size)[0]
+        mask = torch.nn.functional.interpolate(masks[-1][i][None, None], raw[0].shape[-2:])[0]
         image = raw[0][i]*mask.to(torch.uint8)
         poses = _to_input(raw[2][-1][i], size, heatmaps[-1].shape[-1], self.targets.convention)[:, :self.dataset.skeleton.n]
-        show_poses(image, poses, self.dataset.skeleton, ax=row[0], title=f'sample {index}', linewidth=1)
+        show_poses(image, poses, self.dataset.skeleton, ax=row[0], title=f'sample {index % len(self.dataset)}', linewidth=1).set(xlim=(-.5, image.shape[2]-.5), ylim=(image.shape[1]-.5, -.5))
         for ax,maps in zip(row[1:], heatmaps): show_maps(maps[i], raw[0][i], ax=ax, title=f'{maps.shape[-1]} pixels', vmax=1)
     return axes
 

@@ -21,15 +21,19 @@ def gaussian(
     return torch.exp(-(dx**2 + dy**2) / (2*sigma**2))
 
 # %% ../nbs/04_targets.ipynb #36b4cfce
+def _width_height(res): return res if isinstance(res, (tuple, list)) else (res, res)
+
+# %% ../nbs/04_targets.ipynb #c37f7416
 def joint_pixels(
     joints:Tensor, # (..., 3) x, y in pixels of the map, visibility
-    res:int,       # side of the map
+    res,           # side of the map, or (width, height)
     convention='original' # 'original' truncates, 'unbiased' rounds to the nearest pixel
 ): # (..., 2) int64 column and row, 0 where the joint does not count; (...) bool: visible and on the map
     "The pixel in which each joint lies, and which of them count"
     if convention not in ('original', 'unbiased'): raise ValueError(f"convention: 'original' or 'unbiased' is needed, got {convention!r}")
     xy = joints[..., :2].trunc() if convention == 'original' else (joints[..., :2] + .5).floor()
-    seen = (joints[..., 2] > 0) & ((xy >= 0) & (xy < res)).all(-1)
+    width,height = _width_height(res)
+    seen = (joints[..., 2] > 0) & (xy >= 0).all(-1) & (xy[..., 0] < width) & (xy[..., 1] < height)
     return torch.where(seen[..., None], xy, 0).long(), seen
 
 # %% ../nbs/04_targets.ipynb #0cf6cd8a
@@ -46,12 +50,13 @@ def _span(pixel, joint, sigma, largest, convention):
 # %% ../nbs/04_targets.ipynb #63251b7d
 def draw_heatmaps(
     joints:Tensor, # (B, P, K, 3) x, y in pixels of the map, visibility; rows of zeros where an image has fewer than P people
-    res:int,       # R, side of the maps
+    res,           # R, side of the maps, or (width, height)
     sigma=2.,      # standard deviation in pixels of the map; one number, or a tensor (B, P) with one a person
     convention='original' # 'original': centred at the truncated pixel; 'unbiased': at the joint itself
 )->Tensor: # (B, K, R, R) float32
     "Heatmaps of a batch: a Gaussian at each visible joint, the largest value where they meet"
     B,P,K = joints.shape[:3]
+    width,height = _width_height(res)
     pixel,seen = joint_pixels(joints, res, convention)
     keep = seen.flatten() if joints.device.type == 'cpu' else slice(None)    # counting them would make a GPU wait
     pick = lambda t: t.expand(B, P, K).flatten()[keep][:, None, None]         # (N, 1, 1)
@@ -61,9 +66,9 @@ def draw_heatmaps(
     y,dy = _span(pick(pixel[..., 1]), pick(joints[..., 1]), sigma, largest, convention)
     bumps = torch.where(pick(seen), gaussian(dx, dy.mT, sigma).float(), 0)    # (N, S, S)
     plane = pick(torch.arange(B*K, device=joints.device).view(B, 1, K))       # which of the B*K maps
-    place = (plane*res + y.mT.clamp(0, res-1))*res + x.clamp(0, res-1)
-    maps = torch.zeros(B*K*res*res, device=joints.device)
-    return maps.scatter_reduce_(0, place.flatten(), bumps.flatten(), 'amax').view(B, K, res, res)
+    place = (plane*height + y.mT.clamp(0, height-1))*width + x.clamp(0, width-1)
+    maps = torch.zeros(B*K*height*width, device=joints.device)
+    return maps.scatter_reduce_(0, place.flatten(), bumps.flatten(), 'amax').view(B, K, height, width)
 
 # %% ../nbs/04_targets.ipynb #b9e36e38
 def _one_sample(joints, n_joints, columns=3):
@@ -120,14 +125,15 @@ class ScaleAwareHeatmapGenerator:
 # %% ../nbs/04_targets.ipynb #9aa8a333
 def joint_indices(
     joints:Tensor, # (B, P, K, 3) x, y in pixels of the map, visibility
-    res:int,       # R, side of the maps
+    res,           # R, side of the maps, or (width, height)
     tag_per_joint=True,   # one tag map for each kind of joint, or one for all
     convention='original' # see `joint_pixels`
 )->Tensor: # (B, P, K, 2) int64: place in the flattened tag maps, 1; the visible joints of each person come first, then zeros
     "The places at which the tags of each person are read"
+    width,height = _width_height(res)
     pixel,seen = joint_pixels(joints, res, convention)
-    place = pixel[..., 1]*res + pixel[..., 0]
-    if tag_per_joint: place = place + torch.arange(joints.shape[2], device=joints.device)*res**2
+    place = pixel[..., 1]*width + pixel[..., 0]
+    if tag_per_joint: place = place + torch.arange(joints.shape[2], device=joints.device)*(width*height)
     entries = torch.stack([place, torch.ones_like(place)], -1)*seen[..., None]
     order = (~seen).byte().argsort(dim=-1, stable=True)
     return entries.gather(2, order[..., None].expand_as(entries))
@@ -168,7 +174,7 @@ def normalize(
 class PoseTargets:
     "What the loader gives, made into what the network and the loss take, on the device of the batch"
     def __init__(self,
-        sizes,        # sides of the maps, one for each output of the network, such as (128, 256)
+        sizes,        # sides of the maps, one for each output of the network, such as (128, 256); larger in proportion for a larger batch
         n_joints:int, # K
         sigma=2,      # pixels of each map; negative: a 64th of it
         tag_per_joint=True,    # see `joint_indices`
@@ -183,26 +189,28 @@ class PoseTargets:
 # %% ../nbs/04_targets.ipynb #b2728b32
 @patch
 def check(self:PoseTargets,
-    masks, # list of (B, R, R), one for each size
+    masks, # list of (B, R, R) or (B, H, W), one for each size
     joints # list of (B, P, K, 3), one for each size
 ): # ValueError if something does not fit
     "Are there masks and joints for every size, and of the right shapes?"
     if not len(masks) == len(joints) == len(self.sizes):
         raise ValueError(f'{len(self.sizes)} sizes {self.sizes} need as many masks and joints, got {len(masks)} and {len(joints)}')
     for res,mask,joint in zip(self.sizes, masks, joints):
-        if mask.shape[1:] != (res, res): raise ValueError(f'masks: shape (B, {res}, {res}) is needed for size {res}, got {tuple(mask.shape)}')
+        height,width = (max(res, side*res//self.sizes[0]) for side in masks[0].shape[1:])
+        if mask.shape[1:] != (height, width): raise ValueError(f'masks: shape (B, {height}, {width}) is needed for size {res}, got {tuple(mask.shape)}')
         if joint.ndim != 4 or joint.shape[2:] != (self.n_joints, 3):
             raise ValueError(f'joints: shape (B, P, {self.n_joints}, 3) is needed for size {res}, got {tuple(joint.shape)}')
 
 # %% ../nbs/04_targets.ipynb #f4828386
 @patch
 def __call__(self:PoseTargets,
-    batch # images (B, 3, S, S) uint8; list of masks (B, R, R) uint8; list of joints (B, P, K, 3) float32 in pixels of each map
+    batch # images (B, 3, S, S) uint8; list of masks (B, R, R) uint8; list of joints (B, P, K, 3) float32 in pixels of each map; S and R may be two numbers
 ): # images float32; list of heatmaps (B, K, R, R) float32; list of masks float32; list of joint indices (B, P, K, 2) int64
     "Normalised images and the targets for every output"
     images,masks,joints = batch
     self.check(masks, joints)
-    heatmaps = [draw_heatmaps(j, r, s, self.convention) for j,r,s in zip(joints, self.sizes, self.sigmas)]
-    indices = [joint_indices(j, r, self.tag_per_joint, self.convention) for j,r in zip(joints, self.sizes)]
+    shapes = [m.shape[:0:-1] for m in masks]              # width, height
+    heatmaps = [draw_heatmaps(j, shape, s, self.convention) for j,shape,s in zip(joints, shapes, self.sigmas)]
+    indices = [joint_indices(j, shape, self.tag_per_joint, self.convention) for j,shape in zip(joints, shapes)]
     images = normalize(images.contiguous(memory_format=self.format), self.mean, self.std)     # bytes are moved faster than numbers
     return images, heatmaps, [m.float() for m in masks], indices

@@ -56,6 +56,7 @@ class Recipe:
     convention:str='unbiased'      # coordinates: unbiased, or original as in published weights
     smallest_crop:float=.6         # side of the random crop, relative to the short side of the image: from this ...
     largest_crop:float=1.1         # ... to this
+    square:bool=True               # crops are squares; if false they have the shape of their image, as in the test
     max_rotation:float=10.         # degrees that images are turned by at most, either way
     bs:int=16                      # images in a batch of each process
     workers:int=1                  # processes that read and warp images
@@ -269,7 +270,7 @@ def recipe_learner(
     _one_of(r.sched, SCHEDULES, 'sched')
     callbacks = training_callbacks(r.precision, r.ema, r.accumulate, r.clip, r.freeze_bn)
     dls = pose_dls(training_data(r.data), size=r.size, bs=r.bs, workers=r.workers, skeleton=None, convention=r.convention, seed=r.seed, max_rotation=r.max_rotation,
-                   scale_range=(r.smallest_crop, r.largest_crop), train=r.train_split, valid=r.valid_split, test_size=r.test_size, exif=r.exif)
+                   scale_range=(r.smallest_crop, r.largest_crop), square=r.square, train=r.train_split, valid=r.valid_split, test_size=r.test_size, exif=r.exif)
     model = higher_hrnet(r.arch, dls.skeleton.n)
     if r.pretrained: print(load_matching(model, r.pretrained, layers=layers))
     loss = PoseLoss(dls.skeleton.n, push_weight=r.ae_weight, pull_weight=r.ae_weight, foreground=r.foreground)

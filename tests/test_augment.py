@@ -147,6 +147,26 @@ def test_draws_stay_in_their_limits(w, h, seed):
     assert .75*short <= 200*crop.scale <= 1.5*short and abs(crop.rot) <= 30
     assert all(abs(c - side/2) <= .2*200*crop.scale for c,side in zip(crop.center, (w, h)))
 
+@settings(deadline=None, max_examples=30)
+@given(st.integers(20, 300), st.integers(20, 300), st.booleans())
+def test_whole_images_are_those_of_the_test(w, h, flip):
+    "Without zoom, turn and shift; a joint counts if it lies on the map"
+    random_affine = RandomAffine(64, flip_index=COCO.flip_index, max_rotation=0, max_translate=0, scale_range=(1, 1), flip=float(flip), convention='unbiased', square=False)
+    picture,joints = np.random.default_rng(w).integers(0, 256, (h, w, 3), np.uint8),np.random.default_rng(h).uniform(-.2, 1.2, (3, 17, 3))*[w, h, 0] + [0, 0, 1]
+    crop = random_affine.draw(np.random.default_rng(0), w, h)
+    assert crop.shape == augment.test_size(w, h, 64) and crop.flip == flip
+    matrix = resize_matrix(w, h, crop.shape, convention='unbiased')
+    seen,masks,maps = random_affine(picture, None, joints, crop)
+    expected = warp(picture, matrix, crop.shape)[0]
+    assert np.abs(seen[:, ::-1 if flip else 1].astype(int) - expected).mean() < .5      # resize_matrix computes in single precision
+    for mask,moved,step in zip(masks, maps, (4, 2)):
+        assert mask.shape == tuple(side//step for side in crop.shape[::-1])
+        there = (transform_points(joints, matrix)[..., :2] + .5)/step - .5
+        if flip: there = mirror_joints(there, crop.shape[0]//step, COCO.flip_index)
+        np.testing.assert_allclose(moved[..., :2], there, atol=2e-3)
+        on_map = (np.floor(moved[..., :2] + .5) < mask.shape[::-1]).all(-1)
+        np.testing.assert_array_equal(moved[..., 2], on_map)
+
 def test_colours_against_the_long_way():
     jitter = augment.color_matrix(brightness=1.2, contrast=.7, saturation=.5, mean=100.)
     x = np.random.default_rng(0).uniform(60, 180, (50, 3))

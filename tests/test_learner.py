@@ -1,6 +1,6 @@
 "The learner: other skeletons and datasets, what its pictures show, when AP is taken, and processes without a share"
 import json, os, shutil, subprocess, sys
-import numpy as np, pytest, torch
+import cv2, numpy as np, pytest, torch
 from fastai.torch_core import default_device
 from posenb.callbacks import EMA, Precision
 from posenb.learner import AP, pose_dls, pose_learner
@@ -30,6 +30,30 @@ def test_a_category_of_ones_own(synth, tmp_path):
     learn = pose_learner(dls, 'tiny', predictor_args=dict(detection_threshold=0.))
     learn.evaluate()
     assert {r['category_id'] for r in learn.results} == {2}
+
+def in_many_shapes(path, to):
+    "The drawn people, with a part of every image cut off, by turns below and on the right"
+    shutil.copytree(path, to)
+    for file in (to/'annotations').glob('person*.json'):
+        data = json.loads(file.read_text())
+        for n,info in enumerate(data['images']):
+            info['width'],info['height'] = info['width'] - 100*(n % 2),info['height'] - 90*(1 - n % 2)
+            picture = to/file.stem.rpartition('_')[2]/info['file_name']
+            cv2.imwrite(str(picture), cv2.imread(str(picture))[:info['height'], :info['width']])
+        data['annotations'] = [a for a in data['annotations'] if not a['iscrowd']]
+        file.write_text(json.dumps(data))
+    return to
+
+def test_inputs_in_the_shape_of_their_images(synth, tmp_path):
+    dls = small(in_many_shapes(synth, tmp_path/'shapes'), square=False)
+    shapes = [{tuple(images.shape[2:]) for images,*_ in loader} for loader in dls]
+    assert len(shapes[0]) > 1 and all(side % 64 == 0 for shape in set.union(*shapes) for side in shape)
+    wide = [{i['width'] > i['height'] for i in (dls.train.dataset.info(i % 15) for i in order)} for order in np.array(dls.train.get_idxs()).reshape(-1, 4)]
+    assert all(len(kinds) == 1 for kinds in wide) and set.union(*wide) == {True, False}
+    learn = pose_learner(dls, 'tiny', ap_every=0, predictor_args=dict(detection_threshold=0., max_people=2))
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+    assert np.isfinite(learn.recorder.values[0][:2]).all()
+    assert len(dls.show_batch(max_n=2)) == 6
 
 def test_the_centre_is_a_joint_of_the_network_and_not_of_the_people(synth):
     dls = small(synth, with_center=True)

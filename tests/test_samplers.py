@@ -9,8 +9,9 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.optimizer import SGD
-from posenb.checkpoint import Checkpoint
+from posenb.checkpoint import Checkpoint, _without_first
 from posenb.distributed import RankDL
+from posenb.learner import pose_dls
 from posenb.samplers import Stretches, aspect_groups, endless, grouped, repeat_factors, set_order
 
 def first(order, n): return list(itertools.islice(order, n))
@@ -151,3 +152,23 @@ def test_other_loaders_are_refused():
     for bad,message in ((dict(n_iter=0), 'at least 1'), (dict(factors=[1]), 'one number for each of 5'), (dict(factors=[-1]*5), 'not negative'),
                         (dict(factors=[np.nan]*5), 'finite'), (dict(groups=[1]*4), 'groups has 4 entries')):
         with pytest.raises(ValueError, match=message): set_order(loader(5), **bad)
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_an_image_that_comes_again_is_seen_through_another_crop(synth, workers):
+    "The same crops with workers, and where a training goes on in the middle of the epoch"
+    def batches(skip=0, workers=0):
+        train = set_order(pose_dls(synth, size=64, bs=4, workers=workers, seed=5).train, n_iter=12)
+        train.epoch = 1
+        order = train.get_idxs()
+        if skip: train.get_idxs = partial(_without_first, skip*train.bs, train.get_idxs)
+        return order, [images for images,*_ in train], train
+    order,whole,train = batches()
+    n = len(train.dataset)
+    assert sorted(order) != sorted(i % n for i in order) and len(set(order)) == len(order) == 48
+    crops = {i: whole[k//4][k % 4] for k,i in enumerate(order)}
+    for a,b in itertools.combinations(order, 2):
+        if a % n == b % n: assert not torch.equal(crops[a], crops[b])
+    train.dataset.epoch = 1
+    assert torch.equal(train.create_batch([train.dataset[order[0]]])[0], train.create_batch([train.create_item(order[0])])[0])
+    for skip in (0, 5):
+        for a,b in zip(whole[skip:], batches(skip, workers)[1], strict=True): assert torch.equal(a, b)

@@ -3,6 +3,9 @@ import json, math
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
+from posenb.augment import RandomAffine
+from posenb.dataset import pose_collate
+from posenb.skeleton import COCO
 from posenb.targets import (HeatmapGenerator, JointsGenerator, PoseTargets, ScaleAwareHeatmapGenerator,
                             draw_heatmaps, gaussian, joint_indices, joint_pixels, normalize)
 
@@ -136,7 +139,7 @@ def test_sigma_per_person_of_a_batch():
     sigma = torch.tensor(rng.uniform(.5, 3, (2, 4)))
     for m,j,s in zip(draw_heatmaps(joints, 32, sigma), joints.numpy(), sigma.numpy()): np.testing.assert_array_equal(m, plain_heatmaps(j, 32, s))
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
+@pytest.mark.gpu
 @pytest.mark.parametrize('convention', ['original', 'unbiased'])
 def test_gpu_equals_cpu(convention):
     rng = np.random.default_rng(0)
@@ -232,3 +235,30 @@ def test_sizes_are_checked():
 def test_other_channels_and_statistics():
     images = torch.full((1, 3, 4, 4), 255, dtype=torch.uint8)
     assert normalize(images, (0, .5, 1), (1, .5, 2)).amax((0, 2, 3)).tolist() == [1, 1, 0]
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.integers(30, 200), st.integers(30, 200)), min_size=1, max_size=4), st.integers(0, 99), st.sampled_from(['original', 'unbiased']), st.booleans())
+def test_a_sample_has_the_same_targets_beside_larger_ones(shapes, seed, convention, tag_per_joint):
+    "Inputs that have the shape of their images are filled up in a batch"
+    rng = np.random.default_rng(seed)
+    affine = RandomAffine(64, flip_index=COCO.flip_index, convention=convention, square=False)
+    def one(w, h):
+        people = rng.integers(0, 4)
+        joints = np.concatenate([rng.uniform(-.2, 1.2, (people, 17, 2))*[w, h], rng.integers(0, 3, (people, 17, 1))], -1)
+        image,masks,joints = affine(rng.integers(0, 256, (h, w, 3), np.uint8), rng.random((h, w)) < .5, joints, affine.draw(rng, w, h))
+        return torch.from_numpy(image).permute(2, 0, 1), [torch.from_numpy(m) for m in masks], [torch.from_numpy(j.astype(np.float32)) for j in joints]
+    samples,targets = [one(*shape) for shape in shapes],PoseTargets(affine.out_sizes, 17, tag_per_joint=tag_per_joint, convention=convention)
+    images,heatmaps,masks,indices = targets(pose_collate(samples))
+    for i,sample in enumerate(samples):
+        image,own_maps,own_masks,own_indices = targets(pose_collate([sample]))
+        height,width = image.shape[2:]
+        assert torch.equal(images[i, :, :height, :width], image[0])
+        for maps,own,mask,own_mask,rows,own_rows in zip(heatmaps, own_maps, masks, own_masks, indices, own_indices):
+            H,W = maps.shape[2:]
+            h,w = own.shape[2:]
+            inside = torch.zeros(H, W, dtype=bool)
+            inside[:h, :w] = True
+            assert torch.equal(maps[i, :, :h, :w], own[0]) and torch.equal(mask[i][:h, :w], own_mask[0]) and not mask[i][~inside].any()
+            place,flag = rows[i, :own_rows.shape[1]].unbind(-1)
+            there = (place//(H*W))*h*w + place % (H*W)//W*w + place % W
+            assert torch.equal(torch.stack([there, flag], -1), own_rows[0]) and not rows[i, own_rows.shape[1]:].any()
