@@ -1,9 +1,17 @@
 "Where the fixtures lie: small ones in tests/golden, those made of COCO images beside the repository"
 from pathlib import Path
-import json, signal, cv2, numpy as np, pytest, torch
+import json, os, signal, cv2, numpy as np, pytest, torch
 
 # a shell that starts a job in the background has it ignore Ctrl-C; tests are about what Ctrl-C does
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
+
+def pytest_configure(config):
+    "Tests are of the CPU, on every machine; those of a GPU run alone, with `pytest -m gpu`"
+    if config.option.markexpr != 'gpu': os.environ['CUDA_VISIBLE_DEVICES'] = ''
+
+@pytest.fixture(autouse=True)
+def a_gpu(request):
+    if request.node.get_closest_marker('gpu') and not torch.cuda.is_available(): pytest.skip('needs a GPU')
 
 here = Path(__file__).parent
 shared = here.parent.parent/'shared'

@@ -19,7 +19,6 @@ from posenb.callbacks import *
 from posenb.schedule import *
 
 torch.set_num_threads(1)
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
 
 def net(seed=0, norm=True):
@@ -554,7 +553,7 @@ def test_two_processes():
         close(torch.tensor(results[0][job]), weights(single.model).float().double().to(torch.get_default_dtype()))
 
 # -- with a GPU -----------------------------------------------------------------------------------
-@cuda
+@pytest.mark.gpu
 @pytest.mark.parametrize('dtype', ['bf16', 'fp16'])
 def test_on_a_gpu(dtype):
     def cbs(): return [Precision(dtype), ChannelsLast(), ClipGrad(1., value=1., each_norm=1.), EMA(.1), EvalEvery(2), CheckFinite(3), PreciseBN(3)]

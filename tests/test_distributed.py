@@ -258,7 +258,7 @@ if os.environ['WORLD_SIZE'] == '2':
     PartialState(backend='gloo')
 '''
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.gpu
 def test_two_processes_share_a_gpu(tmp_path):
     "Over gloo, as NCCL wants a GPU for each rank; batch normalisation over both"
     (tmp_path/'job.py').write_text(SHARED + JOB)
@@ -270,6 +270,7 @@ def test_two_processes_share_a_gpu(tmp_path):
     check_everything(one, two)
     np.testing.assert_allclose(two['sync']['losses'], one['sync']['losses'], rtol=0, atol=1e-5)
 
+@pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two GPUs')
 def test_two_gpus(job, tmp_path):
     "NCCL, and batch normalisation over both ranks"

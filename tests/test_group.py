@@ -193,7 +193,7 @@ def test_tensor_path_is_the_same():
         heat += .002*rng.standard_normal(heat.shape, np.float32)
         np.testing.assert_array_equal(on_tensors(heat, tags), group(heat, tags)[0])
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
+@pytest.mark.gpu
 @pytest.mark.parametrize('convention', ['original', 'unbiased'])
 def test_cuda_is_the_same(convention):
     rng = np.random.default_rng(0)

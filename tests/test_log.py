@@ -158,7 +158,7 @@ def test_smooth_loss_equals_fastais():
         for metric in (ours, theirs): metric.accumulate(fake)
         if i % 7 == 0 or i == 49: assert ours.value.item() == pytest.approx(theirs.value.item(), abs=1e-7)
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.gpu
 def test_no_synchronisation_on_a_gpu(tmp_path):
     learn = tiny(tmp_path)
     learn.create_opt()

@@ -200,7 +200,7 @@ def test_int32_and_int64_places():
     outputs,gt,masks,joints = example()
     close(PoseLoss(3)(outputs, gt, masks, joints), PoseLoss(3)(outputs, gt, masks, [j.int() for j in joints]).detach())
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
+@pytest.mark.gpu
 def test_gpu_equals_cpu():
     outputs,*truth = example()
     there = [[t.detach().cuda() for t in group] for group in (outputs, *truth)]
