@@ -2,7 +2,7 @@
 # make test     every notebook and every test
 # make check    notebooks, modules and README.md agree
 # make bench    how fast each part is on this machine
-# make bench-overfit   sixteen real images learned by heart, about fifteen minutes; DATA=folder of COCO data
+# make bench-overfit   sixteen real images learned by heart, about ten minutes; DATA=folder of COCO data
 # PYTHON=python3.12 make ... picks the interpreter for the environment
 PYTHON ?= python3
 VENV   ?= .venv
@@ -23,6 +23,7 @@ train: $(VENV)/.installed
 test: $(VENV)/.installed
 	cd nbs && ../$(BIN)/nbdev_test --n-workers 2 --do-print
 	$(BIN)/python -m pytest -q tests
+	@! $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || $(BIN)/python -m pytest -q -m gpu tests
 
 check: $(VENV)/.installed
 	$(BIN)/nbdev_export && $(BIN)/nbdev_clean && git diff --exit-code -- posenb nbs

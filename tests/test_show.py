@@ -52,7 +52,7 @@ def test_a_drawn_joint_lies_where_it_is(x, y, scale):
     assert drawn.shape == (100*scale, 120*scale, 3) and (blank == 40).all()
     changed = np.abs(drawn - 40.).sum(-1)                    # the rim is drawn in part
     centre = np.array([(changed*at).sum() for at in np.indices(changed.shape)[::-1]])/changed.sum()
-    assert np.abs((centre + .5)/scale - .5 - (x, y)).max() < .2
+    assert np.abs((centre + .5)/scale - .5 - (x, y)).max() < .25/scale      # a quarter pixel of the picture: .21 is the worst that OpenCV's circles do
     assert (drawn == palette(1)[0]).all(-1).any()
 
 def test_colours_of_neighbours_are_far_apart():
