@@ -426,7 +426,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'posenb.dataset.PoseDataset.joints': ('dataset.html#posedataset.joints', 'posenb/dataset.py'),
                                 'posenb.dataset.PoseDataset.mask': ('dataset.html#posedataset.mask', 'posenb/dataset.py'),
                                 'posenb.dataset.PoseDataset.path': ('dataset.html#posedataset.path', 'posenb/dataset.py'),
-                                'posenb.dataset.PoseDataset.read': ('dataset.html#posedataset.read', 'posenb/dataset.py'),
                                 'posenb.dataset.PoseDataset.skipped': ('dataset.html#posedataset.skipped', 'posenb/dataset.py'),
                                 'posenb.dataset._category': ('dataset.html#_category', 'posenb/dataset.py'),
                                 'posenb.dataset._check_joints': ('dataset.html#_check_joints', 'posenb/dataset.py'),

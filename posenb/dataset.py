@@ -393,23 +393,19 @@ def _sample(self:PoseDataset, i, again):
 @patch
 def __getitem__(self:PoseDataset, i):
     "Training: (image uint8 (3, S, S), masks uint8 (R, R) a map, joints float32 (P, K, 3) a map). Test: (image uint8 (H, W, 3), info)"
+    i,again = i if isinstance(i, tuple) else (i, 0)
     i = range(len(self))[i]     # negative indices, and an IndexError beyond the end
-    return self.read(i) if self.train else (self.image(i), self.info(i))
-
-# %% ../nbs/02_dataset.ipynb #a0cfd048
-@patch
-def read(self:PoseDataset, i, again=0):
-    "Training sample `i` when it was read `again` times before in this epoch; that of the next image if it cannot be read"
+    if not self.train: return self.image(i), self.info(i)
     for k in range(i, i + len(self)):
         try: return self._sample(k % len(self), again)
         except ImageFileError as e: self._skip(k % len(self), e)
     raise ImageFileError(f'{self.folder}: none of {len(self)} images can be used')
 
-# %% ../nbs/02_dataset.ipynb #5c0727c5
+# %% ../nbs/02_dataset.ipynb #a0cfd048
 @patch
 def _skip(self:PoseDataset, i, error):
     "Note that image `i` cannot be used; warn the first time"
-    if not self._shared[1+i]: warnings.warn(f'skipped, the next image takes its place: {error}', stacklevel=4)
+    if not self._shared[1+i]: warnings.warn(f'skipped, the next image takes its place: {error}', stacklevel=3)
     self._shared[1+i] = 1
 
 @patch(as_prop=True)

@@ -54,7 +54,9 @@ class PoseDL(DataLoader):
             order.append(i + times[i]*len(self.dataset))
             times[i] += 1
         return order
-    def create_item(self, i): return self.dataset.read(i % len(self.dataset), i//len(self.dataset))
+    def create_item(self, i):
+        again,i = divmod(i, len(self.dataset))
+        return self.dataset[(i, again) if again and isinstance(self.dataset, PoseDataset) else i]
     def before_iter(self): self.dataset.epoch,self.n_batches = self.epoch,0
     def after_iter(self): self.epoch += 1                    # only a pass that came to its end counts
     def create_batch(self, items): return pose_collate(items)

@@ -7,7 +7,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN: signal.signal(signal.SIGIN
 
 def pytest_configure(config):
     "Tests are of the CPU, on every machine; those of a GPU run alone, with `pytest -m gpu`"
-    if config.option.markexpr != 'gpu': os.environ['CUDA_VISIBLE_DEVICES'] = ''
+    if 'gpu' not in config.option.markexpr.replace('not gpu', ''): os.environ['CUDA_VISIBLE_DEVICES'] = ''
 
 @pytest.fixture(autouse=True)
 def a_gpu(request):
