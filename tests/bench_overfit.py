@@ -53,7 +53,7 @@ def main():
         learn.fit_schedule(10, args.lr, sched='flat', warmup=1, wd=0)     # what a joint looks like is learned in small images
         learn.dls = large                                                 # and where it is in large ones
         learn.fit_schedule(args.epochs//3, args.lr, sched='flat', warmup=1, wd=0)
-        learn.fit_schedule(args.epochs - args.epochs//3, args.lr, sched='cosine', wd=0, cbs=FreezeBN())
+        learn.fit_schedule(args.epochs - args.epochs//3, args.lr, sched='cosine', wd=0, cbs=FreezeBN())     # with the statistics of all images, as in the test
         minutes = (time.perf_counter() - start)/60
         stats = learn.evaluate()
     print(ap_table(stats), f'{args.images} images, {args.epochs} epochs, {minutes:.1f} minutes', sep='\n\n')

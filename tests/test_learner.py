@@ -48,7 +48,7 @@ def test_inputs_in_the_shape_of_their_images(synth, tmp_path):
     dls = small(in_many_shapes(synth, tmp_path/'shapes'), square=False)
     shapes = [{tuple(images.shape[2:]) for images,*_ in loader} for loader in dls]
     assert len(shapes[0]) > 1 and all(side % 64 == 0 for shape in set.union(*shapes) for side in shape)
-    wide = [{i['width'] > i['height'] for i in (dls.train.dataset.info(i % 15) for i in order)} for order in np.array(dls.train.get_idxs()).reshape(-1, 4)]
+    wide = [{i['width'] > i['height'] for i in (dls.train.dataset.info(i % len(dls.train.dataset)) for i in order)} for order in np.array(dls.train.get_idxs()).reshape(-1, 4)]
     assert all(len(kinds) == 1 for kinds in wide) and set.union(*wide) == {True, False}
     learn = pose_learner(dls, 'tiny', ap_every=0, predictor_args=dict(detection_threshold=0., max_people=2))
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
